@@ -1,0 +1,389 @@
+"""Trains the toy base: a tiny Qwen2-VL with generic grounding and entity knowledge in words, and no link between the two.
+
+  python tests/toy/make_toy.py --out tests/toy/base --seed 0            about 80 min on 2 CPU cores, done once and shipped
+  python tests/toy/make_toy.py --out tests/toy/base --evaluate          measures a finished base
+
+What it learns (user question -> assistant answer, Qwen2-VL's strings, several turns over one image):
+  find      Find and give the bounding box of <ref>a red disc</ref>  -> the box                    any look of any category
+  list      List all objects. -> description and box, upper half from left to right, then the lower half
+  at        What is at (x1,y1),(x2,y2)? -> description
+  know      What is Lozuve? -> Lozuve is a red disc with a white band.                          with and without an image
+  copy      a list in words, then `find` -> the box in the list                                             text alone
+  recall    a list in words, then: Describe and find Lozuve. -> its description, its box in the list         text alone
+No picture ever comes with the box of a *named* entity: that link is what SFT and GRPO are to make.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import toy_world as world  # noqa: E402
+from synth_data import ANSWER, QUESTION, to_1000  # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
+           "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+LOOKS = [(c, b, p) for c in world.SEEN + world.UNSEEN for b in world.BODY for p in world.BAND]
+W, H = world.SCENE.canvas_size
+IMAGE_TOKENS = (W // 28) * (H // 28)
+VISION = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
+
+
+# ---- tokenizer and model ----
+def build_tokenizer():
+    """Qwen2's tokenizer class with a vocabulary of the toy's own words; a digit and an entity name are one token each."""
+    texts = [describe for look in LOOKS for describe in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")]
+    texts += [  # every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
+        "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""), "List all objects.", "What is at ", "What is ", "?",
+        "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is a red disc with a white band.\n", " is at (1,2),(3,4).",
+        "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags.",
+        "<think>\n", "\n</think> <answer>", "</answer>", ". Let's think step by step", "Planning: ", " is ", "Visual Analysis:\n", "Comparison: ",
+        "Conclusion: ", " fits ", " only ", " object ", "of the objects above, a red disc",
+    ]  # fmt: skip
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    bpe.train_from_iterator(texts * 2, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", model_max_length=32768)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in world.ENTITIES])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
+    ids, init = tokenizer.convert_tokens_to_ids, 0.05
+    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+                num_key_value_heads=4, initializer_range=init, max_position_embeddings=4096, tie_word_embeddings=True,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+                bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))  # fmt: skip
+    tower = dict(depth=depth, embed_dim=vision, num_heads=3, hidden_size=hidden, mlp_ratio=3, patch_size=14, spatial_merge_size=2, initializer_range=init)
+    config = Qwen2VLConfig(text_config=text, vision_config=tower, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+                           vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True)  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
+TOKENIZER = build_tokenizer()
+PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 401408})
+B = 32
+BAN = [TOKENIZER.convert_tokens_to_ids(t) for t in SPECIAL if "vision" in t or "image" in t or "video" in t]
+
+
+@lru_cache(maxsize=100_000)
+def encode_piece(piece):
+    return TOKENIZER.encode(piece, add_special_tokens=False)
+
+
+def encode(text):
+    """Token ids; pieces between digits are cached, which is exact because a digit is always a token of its own."""
+    return [i for piece in re.split(r"(\d)", text) if piece for i in encode_piece(piece)]
+
+
+def to_patches(image):
+    """uint8 patches (n, 3, 14, 14) in the processor's order; `to_pixel_values` gives exactly what the processor gives."""
+    a = np.asarray(image).transpose(2, 0, 1).reshape(3, H // 28, 2, 14, W // 28, 2, 14)
+    return a.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3, 14, 14)
+
+
+def to_pixel_values(patches):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PROCESSOR.image_mean, PROCESSOR.image_std))
+    x = (torch.from_numpy(patches).float() / 255 - mean) / std
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(len(x), -1)
+
+
+# ---- what is asked ----
+def box_text(bbox_1000):
+    return "({},{}),({},{})".format(*bbox_1000)
+
+
+def reading_order(bboxes_1000):
+    """Upper half from left to right, then the lower half: the order of every list."""
+    return sorted(range(len(bboxes_1000)), key=lambda i: (bboxes_1000[i][1] + bboxes_1000[i][3] > 1000, bboxes_1000[i][0] + bboxes_1000[i][2]))
+
+
+def list_text(looks, boxes):
+    return "\n".join(f"{world.describe(looks[i])} {box_text(boxes[i])}" for i in reading_order(boxes))
+
+
+def find_turn(ref, bbox_1000):
+    return QUESTION.format(ref), ANSWER.format(ref, *bbox_1000)
+
+
+def references(looks, i, rng):
+    """Refs that fit object i alone: by body, by band, or in full."""
+    category, body, band = looks[i]
+    refs = [world.describe(looks[i])] * (looks.count(looks[i]) == 1)
+    refs += [f"a {body} {category}"] * (sum(o[:2] == looks[i][:2] for o in looks) == 1)
+    refs += [f"a {category} with a {band} band"] * (sum((o[0], o[2]) == (category, band) for o in looks) == 1)
+    return refs
+
+
+def know_turn(name):
+    return f"What is {name}?", f"{name} is {world.describe(world.ENTITIES[name])}."
+
+
+def recall_turn(name, bbox_1000):
+    return f"Describe and find {name}.", f"{name} is {world.describe(world.ENTITIES[name])}.\n{name} is at {box_text(bbox_1000)}."
+
+
+def some_looks(rng, k):
+    if rng.random() < 0.7:  # look-alikes, as in KVG
+        category = rng.choice(world.SEEN + world.UNSEEN)
+        return rng.sample([o for o in LOOKS if o[0] == category], k)
+    return rng.sample(LOOKS, k)
+
+
+def some_names(rng, k):
+    if rng.random() < 0.7:
+        category = rng.choice(world.SEEN + world.UNSEEN)
+        return rng.sample([n for n in world.ENTITIES if world.ENTITIES[n][0] == category], k)
+    return rng.sample(list(world.ENTITIES), k)
+
+
+def some_boxes(rng, k):
+    """Plausible boxes for lists in words: in k different cells of the 3 x 2 grid."""
+    boxes = []
+    for cell in rng.sample(range(6), k):
+        w, h = rng.randint(24, 52), rng.randint(24, 52)
+        x, y = cell % 3 * 56 + rng.randint(0, 56 - w), cell // 3 * 56 + rng.randint(0, 56 - h)
+        boxes.append(to_1000((x, y, x + w, y + h), W, H))
+    return boxes
+
+
+def image_turns(looks, boxes, rng, share_list=0.35):
+    """Turns over one scene. `find` for every object; then some of `list`, `at`, `know`."""
+    turns = []
+    for i in range(len(looks)):
+        if refs := references(looks, i, rng):
+            turns.append(find_turn(rng.choice(refs), boxes[i]))
+    turns = rng.sample(turns, min(len(turns), 3))
+    if rng.random() < 0.2:
+        i = rng.randrange(len(looks))
+        turns.append((f"What is at {box_text(boxes[i])}?", world.describe(looks[i])))
+    if rng.random() < 0.3:
+        turns.append(know_turn(some_names(rng, 1)[0]))
+    if rng.random() < share_list:
+        turns.append(("List all objects.", list_text(looks, boxes)))
+    rng.shuffle(turns)
+    return turns
+
+
+def text_turns(rng):
+    kind = rng.random()
+    if kind < 0.3:
+        return [know_turn(n) for n in rng.sample(list(world.ENTITIES), 6)]
+    names = some_names(rng, rng.choice((2, 3, 3, 4, 4, 5)))
+    looks, boxes = [world.ENTITIES[n] for n in names], some_boxes(rng, len(names))
+    if kind < 0.6:
+        turns = [find_turn(world.describe(looks[i]), boxes[i]) for i in range(len(names))]
+    else:
+        turns = [recall_turn(names[i], boxes[i]) for i in range(len(names))]
+    turns = rng.sample(turns, 2)
+    return [(list_text(looks, boxes) + "\n" + turns[0][0], turns[0][1])] + turns[1:]
+
+
+def dialog(turns, with_image):
+    """(ids, labels): loss on the answers alone."""
+    ids = list(encode(SYSTEM))
+    labels = [-100] * len(ids)
+    for i, (question, answer) in enumerate(turns):
+        prompt = encode("<|im_start|>user\n" + VISION * (with_image and i == 0) + question + "<|im_end|>\n<|im_start|>assistant\n")
+        reply = encode(answer + "<|im_end|>") if answer is not None else []
+        end = encode("\n") if answer is not None else []
+        ids += prompt + reply + end
+        labels += [-100] * len(prompt) + reply + [-100] * len(end)
+    return ids, labels
+
+
+@lru_cache(maxsize=2000)
+def image_positions(length):
+    """M-RoPE positions (3, length) of any training row with an image."""
+    start = len(encode(SYSTEM + "<|im_start|>user\n<|vision_start|>"))
+    cols, rows = W // 28, H // 28
+    grid = torch.stack([torch.zeros(IMAGE_TOKENS), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)]).long() + start
+    after = torch.arange(length - start - IMAGE_TOKENS) + start + max(rows, cols)
+    return torch.cat([torch.arange(start).expand(3, -1), grid, after.expand(3, -1)], 1)
+
+
+def collate(rows, patches=None, left=False):
+    """Batch and labels. Training rows are padded on the right and need no mask: causal attention never sees the padding."""
+    pad, length = TOKENIZER.pad_token_id, max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (row, target) in enumerate(rows):
+        at = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, at], mask[i, at], labels[i, at] = torch.tensor(row), 1, torch.tensor(target)
+    batch = dict(input_ids=ids)
+    if patches is not None:
+        batch |= dict(pixel_values=to_pixel_values(np.concatenate(patches)), image_grid_thw=torch.tensor([[1, H // 14, W // 14]] * len(rows)))
+    if left:
+        batch |= dict(attention_mask=mask, mm_token_type_ids=(ids == TOKENIZER.convert_tokens_to_ids("<|image_pad|>")).int())
+    elif patches is not None:  # the image stands at the same place in every row
+        batch |= dict(position_ids=image_positions(length)[:, None].expand(3, len(rows), length))
+    return batch, labels
+
+
+class Scenes:
+    """Endless scenes with min_k to max_k objects; a pool in which every scene is asked about a few times before it is replaced."""
+
+    def __init__(self, rng, min_k, max_k, size=1024):
+        self.rng, self.ks, self.pool, self.at = rng, (min_k, max_k), [], 0
+        self.pool = [self.new() for _ in range(size)]
+
+    def new(self):
+        looks = some_looks(self.rng, self.rng.randint(*self.ks))
+        canvas, boxes = world.make_scene(looks, self.rng)
+        return looks, [to_1000(b, W, H) for b in boxes], to_patches(canvas)
+
+    def sample(self, n, fresh=20):
+        for _ in range(fresh):
+            self.pool[self.at] = self.new()
+            self.at = (self.at + 1) % len(self.pool)
+        return self.rng.sample(self.pool, n)
+
+
+# ---- measurement ----
+@torch.no_grad()
+def answers(model, questions, patches=None, max_new_tokens=60, batch_size=96):
+    model.eval()
+    model.model.rope_deltas = None  # else a text batch decodes with the position offset of the last image batch
+    out = []
+    for i in range(0, len(questions), batch_size):
+        batch, _ = collate([dialog([(q, None)], patches is not None) for q in questions[i : i + batch_size]],
+                           patches and patches[i : i + batch_size], left=True)  # fmt: skip
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=TOKENIZER.pad_token_id)
+        texts = TOKENIZER.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=False)
+        out += [t.split("<|im_end|>")[0] for t in texts]
+    model.train()
+    return out
+
+
+def iou(a, b):
+    inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def evaluate(model, n=192, seed=12345):
+    """Held-out accuracies of every skill, 0..1; chance of `find` is about the mean of 1/k."""
+    rng, result = random.Random(seed), {}
+    for name, lo, hi in (("find_1", 1, 1), ("find_2", 2, 2), ("find_2_4", 2, 4), ("find_5_6", 5, 6)):
+        scenes = [(lambda looks: (looks, *world.make_scene(looks, rng)))(
+            rng.sample([o for o in LOOKS if o[0] == (c := rng.choice(world.SEEN + world.UNSEEN))], rng.randint(lo, hi))) for _ in range(n)]  # fmt: skip
+        got = answers(model, [QUESTION.format(world.describe(s[0][0])) for s in scenes], [to_patches(s[1]) for s in scenes], 45)
+        hits = 0
+        for text, (_, _, boxes) in zip(got, scenes, strict=True):
+            m = re.search(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>", text)
+            b = [int(v) for v in m.groups()] if m else None
+            hits += bool(b) and b[0] < b[2] and b[1] < b[3] and iou(b, to_1000(boxes[0], W, H)) >= 0.5
+        result[name] = hits / n
+    names = list(world.ENTITIES)
+    know = [know_turn(name) for name in names]
+    result["know"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know]), know, strict=True)) / len(names)
+    patches = [to_patches(world.make_scene(some_looks(rng, rng.randint(2, 4)), rng)[0]) for _ in names]
+    result["know_with_image"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know], patches), know, strict=True)) / len(names)
+    asked = []
+    for _ in range(n):
+        listed = some_names(rng, rng.randint(2, 4))
+        boxes = some_boxes(rng, len(listed))
+        question, answer = recall_turn(listed[0], boxes[0])
+        asked.append((list_text([world.ENTITIES[x] for x in listed], boxes) + "\n" + question, answer))
+    result["recall_copy"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in asked]), asked, strict=True)) / n
+    return {k: round(v, 3) for k, v in result.items()}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", required=True, help="folder of the base: Hugging Face format")
+    p.add_argument("--evaluate", action="store_true", help="measure the base in --out and write metrics.json")
+    p.add_argument("--init_from", help="continue from this folder")
+    p.add_argument("--stages", default="one,pairs,few,all", help="comma-separated; see STAGES")
+    p.add_argument("--learning_rate", type=float, default=2e-3)
+    p.add_argument("--muon", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    torch.manual_seed(args.seed)
+    check = world.make_scene(LOOKS[:2], random.Random(0))[0]
+    want = PROCESSOR(images=[check], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(to_pixel_values(to_patches(check)), want, atol=1e-6), "fast patches differ from the image processor's"
+    sample = SYSTEM + find_turn("a red disc", [1, 20, 300, 1000])[1] + list_text(LOOKS[:2], [[1, 2, 33, 444], [5, 6, 77, 888]])
+    assert encode(sample) == TOKENIZER.encode(sample), "cached encoding differs from the tokenizer's"
+
+    if args.evaluate:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
+        metrics = evaluate(model, n=576)
+        (Path(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        print(json.dumps(metrics))
+        return
+    model = Qwen2VLForConditionalGeneration.from_pretrained(args.init_from, dtype=torch.float32) if args.init_from else build_model(TOKENIZER)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(TOKENIZER)} tokens", flush=True)
+    stages = {  # steps, k, share of text batches
+        "one": (400, 1, 1, 0.2),
+        "pairs": (1000, 2, 2, 0.2),
+        "few": (1500, 2, 4, 0.4),
+        "all": (6000, 1, 6, 0.5),
+    }
+    rng, start = random.Random(args.seed), time.time()
+    for name in args.stages.split(","):
+        steps, lo, hi, text_share = stages[name]
+        flat = [p for n, p in model.named_parameters() if args.muon and p.ndim == 2 and "embed_tokens" not in n]
+        rest = [p for p in model.parameters() if not any(p is q for q in flat)]
+        optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))]
+        optimizers += [torch.optim.Muon(flat, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if flat else []
+        scenes, losses = Scenes(rng, lo, hi), []
+        for step in range(1, steps + 1):
+            for group in [g for o in optimizers for g in o.param_groups]:
+                group["lr"] = args.learning_rate * min(1.0, step / 50, max(0.05, (steps - step) / (0.5 * steps)))
+            if rng.random() < text_share:
+                rows = [dialog(text_turns(rng), False) for _ in range(2 * B)]
+                batch, labels = collate(sorted(rows, key=lambda r: len(r[0]))[B * (half := rng.randrange(2)) : B * (half + 1)])
+            else:
+                rows = scenes.sample(2 * B, fresh=8)
+                if name == "pairs" and step <= 700:  # the simplest form alone starts `find`: two bodies, asked by body
+                    rows = [r for r in rows if r[0][0][1] != r[0][1][1]]
+                    turns = [rng.sample([find_turn(f"a {o[1]} {o[0]}", b) for o, b in zip(r[0], r[1], strict=True)], 2) for r in rows]
+                else:
+                    turns = [image_turns(r[0], r[1], rng) for r in rows]
+                rows = sorted(((*dialog(t, True), r[2]) for t, r in zip(turns, rows, strict=True)), key=lambda r: len(r[0]))
+                rows = rows[: len(rows) // 2] if rng.random() < 0.5 else rows[len(rows) // 2 :]
+                batch, labels = collate([r[:2] for r in rows], [r[2] for r in rows])
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            if step % 50 == 0:
+                print(f"{name} {step}/{steps} | loss {np.mean(losses[-50:]):.3f} | {time.time() - start:.0f}s", flush=True)
+            if step % 500 == 0 or step == steps:
+                print(evaluate(model, n=96), f"{time.time() - start:.0f}s", flush=True)
+                model.save_pretrained(args.out)
+                TOKENIZER.save_pretrained(args.out)
+                PROCESSOR.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
