@@ -111,7 +111,7 @@ def complete_lines(path):
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
 def same_config(out, args, ignore=()):

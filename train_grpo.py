@@ -133,7 +133,7 @@ def complete_lines(path):
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
 def same_config(out, args, ignore=()):
@@ -159,6 +159,7 @@ def init_dist(timeout_minutes=60):
         torch.cuda.set_device(device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
@@ -336,20 +337,23 @@ def chat_inputs(tokenizer, image_processor, image, text):
 # <<< shared:chat_inputs
 
 
-# >>> shared:engine (copy of train_sft.py)
+# >>> shared:load_model (copy of train_sft.py)
 def load_model(path, dtype, device):
     """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, logging
 
+    logging.disable_progress_bar()
     if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
         raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
     return model.to(device)
+# <<< shared:load_model
 
 
+# >>> shared:engine (copy of train_sft.py)
 def start_engine(model, args, accumulation_steps):
     """DeepSpeed engine around the model. `ds_config.json` holds engine matters only; the flags fill in the rest."""
     import deepspeed
@@ -358,6 +362,7 @@ def start_engine(model, args, accumulation_steps):
     ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler"}
     if clash := sorted(ours & set(config)):
         raise SystemExit(f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
                "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -390,18 +395,18 @@ def export_model(engine, tokenizer, image_processor, folder):
     dist.barrier()
 
 
-def save_checkpoint(engine, tokenizer, image_processor, output_dir, step, keep):
+def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
     """checkpoint-{step}/: engine state, state.json and a Hugging Face export; renamed last, so a folder is complete or absent."""
-    folder = Path(output_dir) / f"checkpoint-{step}"
+    folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(part), tag="engine", client_state={"step": step})
+    engine.save_checkpoint(str(part), tag="engine")
     export_model(engine, tokenizer, image_processor, part / "model")
     if engine.global_rank == 0:
-        write_text(part / "state.json", json.dumps({"step": step}) + "\n")
+        write_text(part / "state.json", json.dumps(state) + "\n")
         os.replace(part, folder)
         for old in sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda c: int(c.name.split("-")[1]))[:-keep]:
             shutil.rmtree(old)
@@ -409,12 +414,14 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, step, keep):
 
 
 def resume(engine, output_dir):
-    """Loads the newest complete checkpoint of this run, if any. Returns its step, or 0."""
-    found = [int(c.parent.name.split("-")[1]) for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
-    if found:
-        engine.load_checkpoint(str(Path(output_dir) / f"checkpoint-{max(found)}"), tag="engine")
-        print0(f"resuming after step {max(found)}")
-    return max(found, default=0)
+    """Loads the newest complete checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}."""
+    found = [c for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
+    if not found:
+        return {"step": 0, "num_tokens": 0}
+    newest = max(found, key=lambda c: int(c.parent.name.split("-")[1]))
+    engine.load_checkpoint(str(newest.parent), tag="engine")
+    print0(f"resuming from {newest.parent}")
+    return json.loads(newest.read_text(encoding="utf-8"))
 
 
 def epoch_order(index, count, seed):
@@ -505,11 +512,9 @@ REWARDS = {"iou": iou_reward, "dense_iou": dense_iou_reward, "binary": binary_re
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def ban_vision(logits, tokenizer):
-    """Sets the logits of the vision tokens to -inf: sampled, they would be counted as image features."""
-    vocabulary = tokenizer.get_vocab()
-    logits[..., [vocabulary[t] for t in VISION_TOKENS if t in vocabulary]] = float("-inf")
-    return logits
+def vision_ids(tokenizer):
+    """Ids that are never sampled: in a completion they would be counted as image features."""
+    return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
 
 
 def uniforms(seed, count):
@@ -540,7 +545,8 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     from transformers import DynamicCache
 
     device, generations = model.device, len(seeds[0])
-    stop = torch.tensor([tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")], device=device)
+    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
+    banned = torch.tensor(vision_ids(tokenizer), device=device)
     length = max(len(p["prompt_ids"]) for p in prompts)
     ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
     mask = torch.zeros_like(ids)
@@ -567,7 +573,7 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     active = torch.arange(rows, device=device)
     done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
     for t in range(max_completion_length):
-        logp = torch.log_softmax(ban_vision(logits.float(), tokenizer) / (temperature or 1.0), -1)
+        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
         if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
             cdf = logp.exp().cumsum(-1)
             token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
@@ -646,7 +652,8 @@ def completion_logps(model, tokenizer, group, temperature):
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image.int(),
              "pixel_values": group.inputs["pixel_values"].repeat(G, 1), "image_grid_thw": group.inputs["image_grid_thw"].repeat(G, 1)}  # fmt: skip
     logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, logits_to_keep=C + 1).logits[:, :-1].float()
-    logps = torch.log_softmax(ban_vision(logits, tokenizer) / temperature, -1)
+    banned = torch.tensor(vision_ids(tokenizer), device=device)
+    logps = torch.log_softmax(logits.index_fill(-1, banned, float("-inf")) / temperature, -1)
     return logps.gather(-1, ids[:, P:].to(device)[..., None])[..., 0], mask[:, P:].to(device)
 
 
@@ -745,14 +752,15 @@ def main():
     if rank == 0:
         derived = {"world_size": world_size, "total_steps": total_steps, "rows": len(samples)}
         write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
-    first = resume(engine, out)
+    state = resume(engine, out)
+    first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
     print0(f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} prompts x {args.num_generations}, {world_size} ranks, "
            f"{next(model.parameters()).dtype} on {device.type}, reference model {'on' if reference else 'off'}")  # fmt: skip
 
-    B, num_tokens = args.train_batch_size, 0
+    B = args.train_batch_size
     for step in range(first + 1, total_steps + 1):
         began = time.time()
         # GRPO 1: the prompts of this step; every rank takes its share
@@ -808,7 +816,7 @@ def main():
                    f"trunc {row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
                    f"{row['step_time']:.1f}s (gen {row['gen_time']:.1f}) | eta {eta / 60:.1f} min")  # fmt: skip
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
-            save_checkpoint(engine, tokenizer, image_processor, out, step, args.save_total_limit)
+            save_checkpoint(engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit)
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         keys = ["reward", *(f"rewards/{name}/mean" for name in args.reward_funcs), "acc@0.5", "parse_rate", "frac_reward_zero_std",

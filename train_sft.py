@@ -109,7 +109,7 @@ def complete_lines(path):
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
 def same_config(out, args, ignore=()):
@@ -135,6 +135,7 @@ def init_dist(timeout_minutes=60):
         torch.cuda.set_device(device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
@@ -312,20 +313,23 @@ def chat_inputs(tokenizer, image_processor, image, text):
 # <<< shared:chat_inputs
 
 
-# >>> shared:engine (source)
+# >>> shared:load_model (source)
 def load_model(path, dtype, device):
     """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils import is_flash_attn_2_available, logging
 
+    logging.disable_progress_bar()
     if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
         raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
     return model.to(device)
+# <<< shared:load_model
 
 
+# >>> shared:engine (source)
 def start_engine(model, args, accumulation_steps):
     """DeepSpeed engine around the model. `ds_config.json` holds engine matters only; the flags fill in the rest."""
     import deepspeed
@@ -334,6 +338,7 @@ def start_engine(model, args, accumulation_steps):
     ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler"}
     if clash := sorted(ours & set(config)):
         raise SystemExit(f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
                "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -366,18 +371,18 @@ def export_model(engine, tokenizer, image_processor, folder):
     dist.barrier()
 
 
-def save_checkpoint(engine, tokenizer, image_processor, output_dir, step, keep):
+def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
     """checkpoint-{step}/: engine state, state.json and a Hugging Face export; renamed last, so a folder is complete or absent."""
-    folder = Path(output_dir) / f"checkpoint-{step}"
+    folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(part), tag="engine", client_state={"step": step})
+    engine.save_checkpoint(str(part), tag="engine")
     export_model(engine, tokenizer, image_processor, part / "model")
     if engine.global_rank == 0:
-        write_text(part / "state.json", json.dumps({"step": step}) + "\n")
+        write_text(part / "state.json", json.dumps(state) + "\n")
         os.replace(part, folder)
         for old in sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda c: int(c.name.split("-")[1]))[:-keep]:
             shutil.rmtree(old)
@@ -385,12 +390,14 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, step, keep):
 
 
 def resume(engine, output_dir):
-    """Loads the newest complete checkpoint of this run, if any. Returns its step, or 0."""
-    found = [int(c.parent.name.split("-")[1]) for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
-    if found:
-        engine.load_checkpoint(str(Path(output_dir) / f"checkpoint-{max(found)}"), tag="engine")
-        print0(f"resuming after step {max(found)}")
-    return max(found, default=0)
+    """Loads the newest complete checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}."""
+    found = [c for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
+    if not found:
+        return {"step": 0, "num_tokens": 0}
+    newest = max(found, key=lambda c: int(c.parent.name.split("-")[1]))
+    engine.load_checkpoint(str(newest.parent), tag="engine")
+    print0(f"resuming from {newest.parent}")
+    return json.loads(newest.read_text(encoding="utf-8"))
 
 
 def epoch_order(index, count, seed):
@@ -495,7 +502,8 @@ def main():
     if rank == 0:
         derived = {"world_size": world_size, "accumulation_steps": accumulation_steps, "total_steps": total_steps, "rows": len(kept)}
         write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
-    first = resume(engine, out)
+    state = resume(engine, out)
+    first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
     print0(f"train_sft: {len(kept)} rows ({len(samples) - len(kept)} over {args.max_length} tokens skipped), {total_steps} steps of "
@@ -506,7 +514,7 @@ def main():
     image_id, pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>"), tokenizer.pad_token_id
     loader = torch.utils.data.DataLoader(Rows(kept, order, tokenizer, image_processor, args), args.per_device_train_batch_size,
                                          collate_fn=lambda rows: collate(rows, pad_id, image_id))  # fmt: skip
-    batches, seen, since = iter(loader), 0, time.time()
+    batches, since = iter(loader), time.time()
     engine.train()
     for step in range(first + 1, total_steps + 1):
         rate = learning_rate_at(step, total_steps, args)
@@ -525,18 +533,18 @@ def main():
         total_loss = all_sum([total_loss], device)[0] / tokens
         if not math.isfinite(total_loss):
             raise SystemExit(f"step {step}: loss is {total_loss}; want a finite number; lower --learning_rate, resume from {out}")
-        seen += int(tokens)
+        num_tokens += int(tokens)
         if rank == 0 and step % args.logging_steps == 0:
             elapsed = time.time() - since
             row = {"step": step, "loss": total_loss, "grad_norm": float(engine.get_global_grad_norm() or 0.0), "learning_rate": rate,
-                   "num_tokens": seen, "step_time": elapsed / args.logging_steps, "epoch": step * n / len(kept)}  # fmt: skip
+                   "num_tokens": num_tokens, "step_time": elapsed / args.logging_steps, "epoch": step * n / len(kept)}  # fmt: skip
             append_row(out / "metrics.jsonl", row)
             eta = (total_steps - step) * (time.time() - start) / max(1, step - first)
             print0(f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
                    f"{row['step_time']:.2f}s | eta {eta / 60:.1f} min")  # fmt: skip
             since = time.time()
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
-            save_checkpoint(engine, tokenizer, image_processor, out, step, args.save_total_limit)
+            save_checkpoint(engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit)
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         draw_curves(out / "metrics.jsonl", out / "curves.png", ["loss", "grad_norm", "learning_rate"])

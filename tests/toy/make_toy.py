@@ -6,6 +6,8 @@
 What it learns (user question -> assistant answer, Qwen2-VL's strings, several turns over one image):
   find      Find and give the bounding box of <ref>a red disc</ref>  -> the box                    any look of any category
   list      List all objects. -> description and box, upper half from left to right, then the lower half
+  where     Where is a red disc? -> upper left
+  color     What color is the band of a red disc? -> white
   at        What is at (x1,y1),(x2,y2)? -> description
   know      What is Lozuve? -> Lozuve is a red disc with a white band.                          with and without an image
   copy      a list in words, then `find` -> the box in the list                                             text alone
@@ -58,7 +60,9 @@ def build_tokenizer():
         "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is a red disc with a white band.\n", " is at (1,2),(3,4).",
         "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags.",
         "<think>\n", "\n</think> <answer>", "</answer>", ". Let's think step by step", "Planning: ", " is ", "Visual Analysis:\n", "Comparison: ",
-        "Conclusion: ", " fits ", " only ", " object ", "of the objects above, a red disc",
+        "Conclusion: ", " fits ", " only ", " object ", "of the objects above, a red disc", "Where is a disc?", "What color is the band of a disc?",
+        "What color is the body of a disc?", "upper left", "upper middle", "upper right", "lower left", "lower middle", "lower right",
+        *world.BODY, *world.BAND,
     ]  # fmt: skip
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +81,7 @@ def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
     ids, init = tokenizer.convert_tokens_to_ids, 0.05
     text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
                 num_key_value_heads=4, initializer_range=init, max_position_embeddings=4096, tie_word_embeddings=True,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]},
                 bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))  # fmt: skip
     tower = dict(depth=depth, embed_dim=vision, num_heads=3, hidden_size=hidden, mlp_ratio=3, patch_size=14, spatial_merge_size=2, initializer_range=init)
     config = Qwen2VLConfig(text_config=text, vision_config=tower, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
@@ -172,22 +176,36 @@ def some_boxes(rng, k):
     return boxes
 
 
-def image_turns(looks, boxes, rng, share_list=0.35):
-    """Turns over one scene. `find` for every object; then some of `list`, `at`, `know`."""
-    turns = []
-    for i in range(len(looks)):
-        if refs := references(looks, i, rng):
-            turns.append(find_turn(rng.choice(refs), boxes[i]))
-    turns = rng.sample(turns, min(len(turns), 3))
-    if rng.random() < 0.2:
-        i = rng.randrange(len(looks))
-        turns.append((f"What is at {box_text(boxes[i])}?", world.describe(looks[i])))
-    if rng.random() < 0.3:
+def where_turn(ref, bbox_1000):
+    x, y = bbox_1000[0] + bbox_1000[2], bbox_1000[1] + bbox_1000[3]
+    return f"Where is {ref}?", f"{'lower' if y > 1000 else 'upper'} {('left', 'middle', 'right')[int(x * 3 / 2001)]}"
+
+
+def color_turn(looks, i, rng):
+    """One colour of object i, asked by the other, where that is unique; else None."""
+    category, body, band = looks[i]
+    turns = [(f"What color is the band of a {body} {category}?", band)] * (sum(o[:2] == looks[i][:2] for o in looks) == 1)
+    turns += [(f"What color is the body of a {category} with a {band} band?", body)] * (sum((o[0], o[2]) == (category, band) for o in looks) == 1)
+    return rng.choice(turns) if turns else None
+
+
+def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0):
+    """Turns over one scene: where, color (a few tokens: they start the search), find, at, know; the list comes last, else it gives the boxes away."""
+    turns, order = [], rng.sample(range(len(looks)), len(looks))
+    for i in order:
+        refs = references(looks, i, rng)
+        if refs and rng.random() < short:
+            turns.append(where_turn(rng.choice(refs), boxes[i]))
+        if rng.random() < short and (turn := color_turn(looks, i, rng)):
+            turns.append(turn)
+    turns = rng.sample(turns, min(len(turns), 4))
+    turns += [find_turn(rng.choice(refs), boxes[i]) for i in order if (refs := references(looks, i, rng))][:finds]
+    if rng.random() < 0.15 * other:
+        turns.append((f"What is at {box_text(boxes[order[0]])}?", world.describe(looks[order[0]])))
+    if rng.random() < 0.25 * other:
         turns.append(know_turn(some_names(rng, 1)[0]))
-    if rng.random() < share_list:
-        turns.append(("List all objects.", list_text(looks, boxes)))
     rng.shuffle(turns)
-    return turns
+    return turns + [("List all objects.", list_text(looks, boxes))] * (rng.random() < 0.3 * other)
 
 
 def text_turns(rng):
@@ -298,6 +316,12 @@ def evaluate(model, n=192, seed=12345):
             b = [int(v) for v in m.groups()] if m else None
             hits += bool(b) and b[0] < b[2] and b[1] < b[3] and iou(b, to_1000(boxes[0], W, H)) >= 0.5
         result[name] = hits / n
+    scenes = [(lambda looks: (looks, *world.make_scene(looks, rng)))(rng.sample([o for o in LOOKS if o[0] == "disc"], 2)) for _ in range(n)]
+    for name, turn in (("where", lambda looks, boxes: where_turn(world.describe(looks[0]), to_1000(boxes[0], W, H))),
+                       ("color", lambda looks, boxes: color_turn(looks, 0, rng) or ("What is at ?", ""))):  # fmt: skip
+        turns = [turn(looks, boxes) for looks, _, boxes in scenes]
+        got = answers(model, [q for q, _ in turns], [to_patches(s[1]) for s in scenes], 5)
+        result[name] = sum(a == b for a, (_, b) in zip(got, turns, strict=True)) / n
     names = list(world.ENTITIES)
     know = [know_turn(name) for name in names]
     result["know"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know]), know, strict=True)) / len(names)
@@ -338,15 +362,16 @@ def main():
         return
     model = Qwen2VLForConditionalGeneration.from_pretrained(args.init_from, dtype=torch.float32) if args.init_from else build_model(TOKENIZER)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(TOKENIZER)} tokens", flush=True)
-    stages = {  # steps, k, share of text batches
-        "one": (400, 1, 1, 0.2),
-        "pairs": (1000, 2, 2, 0.2),
-        "few": (1500, 2, 4, 0.4),
-        "all": (6000, 1, 6, 0.5),
+    stages = {  # steps, fewest and most objects, share of text batches, mix of turns
+        "one": (300, 1, 1, 0.2, {}),
+        "pairs": (800, 2, 2, 0.1, {"short": 1.0, "finds": 1}),
+        "match": (600, 2, 2, 0.0, {"short": 1.0, "finds": 0, "other": 0.0}),
+        "few": (1500, 2, 4, 0.3, {}),
+        "all": (6000, 1, 6, 0.4, {}),
     }
     rng, start = random.Random(args.seed), time.time()
     for name in args.stages.split(","):
-        steps, lo, hi, text_share = stages[name]
+        steps, lo, hi, text_share, mix = stages[name]
         flat = [p for n, p in model.named_parameters() if args.muon and p.ndim == 2 and "embed_tokens" not in n]
         rest = [p for p in model.parameters() if not any(p is q for q in flat)]
         optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))]
@@ -360,11 +385,7 @@ def main():
                 batch, labels = collate(sorted(rows, key=lambda r: len(r[0]))[B * (half := rng.randrange(2)) : B * (half + 1)])
             else:
                 rows = scenes.sample(2 * B, fresh=8)
-                if name == "pairs" and step <= 700:  # the simplest form alone starts `find`: two bodies, asked by body
-                    rows = [r for r in rows if r[0][0][1] != r[0][1][1]]
-                    turns = [rng.sample([find_turn(f"a {o[1]} {o[0]}", b) for o, b in zip(r[0], r[1], strict=True)], 2) for r in rows]
-                else:
-                    turns = [image_turns(r[0], r[1], rng) for r in rows]
+                turns = [image_turns(r[0], r[1], rng, **mix) for r in rows]
                 rows = sorted(((*dialog(t, True), r[2]) for t, r in zip(turns, rows, strict=True)), key=lambda r: len(r[0]))
                 rows = rows[: len(rows) // 2] if rng.random() < 0.5 else rows[len(rows) // 2 :]
                 batch, labels = collate([r[:2] for r in rows], [r[2] for r in rows])

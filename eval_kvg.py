@@ -1,0 +1,896 @@
+"""KVG-Bench: answers every case, scores the boxes, and shows pictures, boxes and reasoning together in one HTML page.
+
+reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
+writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json
+
+  smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/grpo/final --out runs/eval
+  score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
+  1 GPU    python eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
+  8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
+  compare  python eval_kvg.py --compare runs/eval_sft runs/eval --out runs/eval
+
+A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released evaluator:
+the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer are no box and
+score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 % intervals that
+resample images, because questions on one image are not independent; answers of other settings are never reused.
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import re
+import string
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+EVAL_PROMPTS = {"r1": None, "direct": "", "cot": ". Let's think step by step", "json": ", output its bbox coordinates using JSON format."}
+CORRECT_IOU = 0.5
+RESAMPLES = 2000
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--bench", help="KVG-Bench .parquet, or samples.jsonl with boxes")
+    p.add_argument("--out", required=True, help="run folder; an interrupted run is continued, a finished one scored again")
+    p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL")
+    p.add_argument("--predictions", help="score this JSONL (question_id, response) instead of running a model")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed")
+    # answers
+    p.add_argument("--prompt", default="r1", choices=list(EVAL_PROMPTS), help="what follows the question, and where the box is looked for")
+    p.add_argument("--max_completion_length", type=int, default=1024, help="tokens; a longer answer is cut and counted")
+    p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
+    p.add_argument("--batch_size", type=int, default=32, help="cases decoded at once on one rank")
+    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    # scores
+    p.add_argument("--seen", nargs="+", default=["aircraft", "car", "reptilia", "bird", "food"], help="categories with training data")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap; decoding is greedy")
+    # run
+    p.add_argument("--report_samples", type=int, default=400, help="most cases shown in report.html, worst first")
+    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
+    args = p.parse_args(argv)
+    if not args.compare and (not args.bench or bool(args.model) == bool(args.predictions)):
+        p.error("want --bench with one of --model and --predictions, or --compare A B")
+    if args.max_completion_length < 1 or args.batch_size < 1 or args.report_samples < 0:
+        p.error("want --max_completion_length >= 1, --batch_size >= 1, --report_samples >= 0")
+    args.seen = sorted({c.lower() for c in args.seen})
+    return args
+
+
+# >>> shared:jsonl_io (copy of synth_data.py)
+def read_jsonl(path, required=()):
+    """Rows of a JSONL file as dicts. Errors: one line naming file, line and the missing column or broken JSON."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file; want JSONL, one object a line; check the path or run the stage before")
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+            if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
+                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+            rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
+    return rows
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all: to a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def complete_lines(path):
+    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe."""
+    if not os.path.exists(path):
+        return []
+    data = Path(path).read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+
+def same_config(out, args, ignore=()):
+    """Writes {out}/config.json, or checks that an earlier run into this folder had the same settings."""
+    now = {k: v for k, v in vars(args).items() if k not in ignore}
+    path = Path(out) / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in now.items():
+            if json.loads(json.dumps(value)) != old.get(key):
+                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                                 "give another output folder or delete this one")  # fmt: skip
+    write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+# <<< shared:jsonl_io
+
+
+# >>> shared:dist (copy of train_sft.py)
+def init_dist(timeout_minutes=60):
+    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    if not dist.is_initialized():
+        where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+    return rank, world_size, device
+
+
+def print0(*message):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*message, flush=True)
+
+
+def broadcast(value):
+    """Rank 0's value (any picklable object) on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_sum(values, device):
+    """Sums a list of numbers over all ranks; every rank must call it."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+# <<< shared:dist
+
+
+# >>> shared:chat_inputs (copy of train_sft.py)
+R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+
+
+def read_samples(path):
+    """Samples of any format we know, as dicts with the same keys.
+
+    Reads our JSONL, ShareGPT JSON (messages, images), GRPO parquet (image, problem, solution) and KVG-Bench parquet
+    (question_id, question, answer, image, category). Keys: id, image (path or bytes), image_id, question, answer,
+    bbox_1000 (list of 4 ints or None), entity, category, completion (what SFT learns, or None), prompt_suffix, row.
+    Errors: one line for a missing file, an unknown format, a missing column or a box that is none.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
+        table = pq.read_table(path)
+        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        if missing := [n for n in names if n not in table.column_names]:
+            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+        rows = table.to_pylist()
+        for i, r in enumerate(rows):
+            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+    elif path.suffix == ".json":
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
+    else:
+        rows = read_jsonl(path, ("id", "images", "messages"))
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
+    samples = []
+    for i, r in enumerate(rows):
+        where = f"{path}:{i + 1} ({r['id']})"
+        completion, suffix = None, ""
+        if "messages" in r:
+            if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
+                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+            user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
+            suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
+            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            image = image_id = str(path.parent / r["images"][0])
+        else:
+            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
+        box = BOX.search(r["answer"] or "")
+        bbox_1000 = [int(v) for v in box.groups()] if box else None
+        if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
+            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+        entity = REF.search(r["answer"] or "") or REF.search(r["question"])
+        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
+                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
+                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+    return samples
+
+
+def load_processors(model_path, max_pixels):
+    """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if "<|image_pad|>" not in tokenizer.get_vocab():
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
+    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return tokenizer, image_processor
+
+
+def load_image(image):
+    """RGB picture from a path or bytes. Errors: one line for a file that is missing or broken."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            return im.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+
+
+def visual_tokens(image_processor, width, height):
+    """Number of <|image_pad|> that an image of this size takes."""
+    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+
+
+def prompt_ids(tokenizer, text, count):
+    """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
+
+
+def chat_inputs(tokenizer, image_processor, image, text):
+    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
+    image = load_image(image)
+    vision = image_processor(images=[image], return_tensors="pt")
+    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+# <<< shared:chat_inputs
+
+
+# >>> shared:answer_format (copy of train_grpo.py)
+POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
+FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
+BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
+CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
+THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+
+
+def answer_text(text, mode="r1"):
+    """Where the box is looked for, or None. `r1`: the one closed <answer> pair, not inside an open <think>.
+
+    Other modes: the whole text, or the answer block if there is one.
+    """
+    if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
+        before, rest = text.split("<answer>")
+        if "</answer>" in rest and before.count("<think>") == before.count("</think>"):
+            return rest.split("</answer>")[0]
+    return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
+
+
+def parse_bbox(text, mode="r1"):
+    """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
+
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
+    Nothing is reordered, clipped or rescaled.
+    """
+    region = answer_text(text, mode)
+    if region is None:
+        return None
+    found = {tuple(float(v) for v in re.findall(r"[0-9]+(?:\.[0-9]+)?", m[0])) for m in BOXES.finditer(region)}
+    if len(found) != 1:
+        return None
+    (box,) = found
+    if len(box) != 4 or not (box[0] < box[2] <= 1000 and box[1] < box[3] <= 1000):
+        return None
+    return [int(v) if v == int(v) else v for v in box]
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit, 0..1."""
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union > 0 else 0.0
+# <<< shared:answer_format
+
+
+# >>> shared:rollout (copy of train_grpo.py)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def vision_ids(tokenizer):
+    """Ids that are never sampled: in a completion they would be counted as image features."""
+    return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
+
+
+def uniforms(seed, count):
+    """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
+    return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
+    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+
+    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
+    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
+    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    """
+    generations = len(seeds[0])
+    chunk = max(1, batch_size // generations)
+    training = model.training
+    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
+    out = []
+    for i in range(0, len(prompts), chunk):
+        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+    model.train(training)
+    return out
+
+
+def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
+    from transformers import DynamicCache
+
+    device, generations = model.device, len(seeds[0])
+    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
+    banned = torch.tensor(vision_ids(tokenizer), device=device)
+    length = max(len(p["prompt_ids"]) for p in prompts)
+    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
+        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
+        mask[row, length - len(p["prompt_ids"]) :] = 1
+    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
+    is_image = (ids == model.config.image_token_id).int()
+    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
+    text = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
+                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+
+    # from here on one row per completion
+    cache.batch_repeat_interleave(generations)
+    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
+    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
+    rows = len(prompts) * generations
+    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = torch.from_numpy(draws).to(device)
+    tokens = torch.full((rows, max_completion_length), -1, device=device)
+    logps = torch.zeros(rows, max_completion_length, device=device)
+    active = torch.arange(rows, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
+    for t in range(max_completion_length):
+        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
+            cdf = logp.exp().cumsum(-1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+        else:
+            token = logp.argmax(-1)
+        tokens[active, t] = torch.where(done, -1, token)
+        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
+        done |= torch.isin(token, stop)
+        if t + 1 == max_completion_length or done.all():
+            break
+        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
+                       use_cache=True).logits[:, -1]  # fmt: skip
+    finished = torch.isin(tokens, stop).any(-1).tolist()
+    tokens, logps = tokens.tolist(), logps.cpu()
+    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
+    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
+    return [out[i : i + generations] for i in range(0, rows, generations)]
+
+
+def completion_text(tokenizer, ids):
+    """Text with box and ref tokens, without the stop token."""
+    return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+# <<< shared:rollout
+
+
+# ---- scores ----
+def score_answers(samples, answers, mode):
+    """One row per case in the bench's order. An answer without one valid box has pred_bbox_1000 None and IoU 0."""
+    rows = []
+    for s in samples:
+        answer = answers[s["id"]]
+        box = parse_bbox(answer["response"], mode)
+        iou = box_iou(box, s["bbox_1000"]) if box else 0.0
+        rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"], "response": answer["response"],
+                     "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"], "iou": iou, "correct": iou >= CORRECT_IOU,
+                     "num_tokens": answer.get("num_tokens"), "finished": answer.get("finished"), "image_id": s["image_id"]})  # fmt: skip
+    return rows
+
+
+def image_bootstrap(values, image_ids, seed):
+    """95 % percentile interval [lo, hi] of the mean, resampling whole images; None for a single image.
+
+    A resample is a count per image; its mean is a ratio of sums, because images carry different numbers of questions.
+    """
+    _, image = np.unique(image_ids, return_inverse=True)
+    sums, sizes = np.bincount(image, weights=values), np.bincount(image)
+    if len(sums) < 2:
+        return None
+    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
+    return np.percentile((counts @ sums) / (counts @ sizes), [2.5, 97.5]).tolist()
+
+
+def mcnemar_p(only_a, only_b):
+    """Exact two-sided McNemar p-value: a fair coin gives each of the cases that only one run has right."""
+    n, k = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def split_rows(rows, seen):
+    """{split: rows} for all, seen and unseen categories."""
+    return {"all": rows, "seen": [r for r in rows if r["category"] in seen], "unseen": [r for r in rows if r["category"] not in seen]}
+
+
+def split_metrics(rows, seed):
+    """Accuracy with its interval, mean IoU and parse rate of some rows, 0..1; None for no rows."""
+    if not rows:
+        return None
+    n, correct = len(rows), [float(r["correct"]) for r in rows]
+    return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
+            "mean_iou": sum(r["iou"] for r in rows) / n, "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
+
+
+def bench_metrics(rows, seen, seed):
+    """Metrics of every split and category, and of the completions where their token counts are known."""
+    metrics = {name: split_metrics(part, seed) for name, part in split_rows(rows, seen).items()}
+    names = sorted({r["category"] for r in rows}, key=lambda c: (c not in seen, c))
+    metrics["categories"] = {c: split_metrics([r for r in rows if r["category"] == c], seed) for c in names}
+    tokens, ends = ([r[k] for r in rows if r[k] is not None] for k in ("num_tokens", "finished"))
+    metrics["completions/mean_length"] = sum(tokens) / len(tokens) if tokens else None
+    metrics["completions/clipped_ratio"] = sum(not e for e in ends) / len(ends) if ends else None
+    return metrics
+
+
+def percent(value, digits=1):
+    return f"{100 * value:.{digits}f}"
+
+
+def interval(ci, sign=""):
+    return f"{100 * ci[0]:{sign}.1f} to {100 * ci[1]:{sign}.1f}" if ci else "-"
+
+
+def markdown(header, lines):
+    """Markdown table with padded columns: first column left, the others right."""
+    widths = [max(len(str(c)) for c in column) for column in zip(header, *lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    rows = [[header[0].ljust(widths[0]), *(h.rjust(w) for h, w in zip(header[1:], widths[1:], strict=True))], rule]
+    rows += [[str(r[0]).ljust(widths[0]), *(str(c).rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))] for r in lines]
+    return "".join("| " + " | ".join(r) + " |\n" for r in rows)
+
+
+def metric_lines(metrics, seen):
+    """(name, kind, n, accuracy, interval, mean IoU, parsed) as text: all, seen, unseen, then the categories."""
+    named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen")]
+    named += [(c, "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
+    return [(name, kind, m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"]))
+            if m else (name, kind, 0, *"----") for name, kind, m in named]  # fmt: skip
+
+
+def metrics_table(metrics, seen):
+    lines = [(name if kind == "split" else f"{name} ({kind})", *rest) for name, kind, *rest in metric_lines(metrics, seen)]
+    return markdown(("split", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
+
+
+def compare_runs(a, b, seen, seed):
+    """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on the same cases.
+
+    The interval resamples images; the p-value takes questions as independent and is a little small where images have several.
+    """
+    columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
+    runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
+    if odd := sorted(set(runs[0]) ^ set(runs[1])):
+        raise SystemExit(f"{b}: {len(odd)} cases in one run only, first {odd[0]!r}; want two runs on one bench; check --compare")
+    if odd := [k for k, r in runs[0].items() if r["gt_bbox_1000"] != runs[1][k]["gt_bbox_1000"]]:
+        raise SystemExit(f"{b}: {odd[0]!r} has another true box than in {a}; want two runs on one bench; check --compare")
+    result = {}
+    for name, rows in split_rows(list(runs[0].values()), seen).items():
+        pairs = [(bool(r["correct"]), bool(runs[1][r["question_id"]]["correct"])) for r in rows]
+        only_a, only_b, n = pairs.count((True, False)), pairs.count((False, True)), len(pairs)
+        both = pairs.count((True, True))
+        result[name] = {"n": n, "acc_a": (both + only_a) / n, "acc_b": (both + only_b) / n, "difference": (only_b - only_a) / n,
+                        "difference_ci95": image_bootstrap([float(y) - x for x, y in pairs], [r["image_id"] for r in rows], seed),
+                        "only_a": only_a, "only_b": only_b, "mcnemar_p": mcnemar_p(only_a, only_b)} if n else None  # fmt: skip
+    return result
+
+
+def compare_table(result):
+    lines = [(k, m["n"], percent(m["acc_a"]), percent(m["acc_b"]), f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+"),
+              m["only_a"], m["only_b"], f"{m['mcnemar_p']:.2g}") if m else (k, 0, *"-------") for k, m in result.items()]  # fmt: skip
+    return markdown(("split", "cases", "A %", "B %", "B - A", "95 % interval", "only A right", "only B right", "McNemar p"), lines)
+
+
+# ---- data ----
+def read_bench(path):
+    """Samples with text ids and categories, all with a box and a picture, each id once."""
+    samples = [s | {"id": str(s["id"]), "category": str(s["category"] or "none").lower()} for s in read_samples(path)]
+    if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
+        raise SystemExit(f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row")
+    if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
+        raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
+    if missing := [s["image"] for s in samples if isinstance(s["image"], str) and not os.path.isfile(s["image"])]:
+        raise SystemExit(f"{path}: {missing[0]}: no such image; want paths relative to the bench's folder; check the folder")
+    return samples
+
+
+def read_foreign_answers(path, samples):
+    """{id: row} of answers made elsewhere: exactly one text for every case of the bench."""
+    rows = read_jsonl(path, ("question_id", "response"))
+    counts, wanted = Counter(str(r["question_id"]) for r in rows), {s["id"] for s in samples}
+    if twice := [i for i, count in counts.items() if count > 1]:
+        raise SystemExit(f"{path}: question_id {twice[0]!r} occurs {counts[twice[0]]} times; want every case once; drop the others")
+    if unknown := [i for i in counts if i not in wanted]:
+        raise SystemExit(f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; want its {len(wanted)} ids; check --bench")
+    if missing := [s["id"] for s in samples if s["id"] not in counts]:
+        raise SystemExit(f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want an answer to every case; add them")
+    if wrong := [r["question_id"] for r in rows if not (isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None))]:
+        raise SystemExit(f"{path}: response or num_tokens of {wrong[0]!r} has another type; want text and an integer; mend the row")
+    return {str(r["question_id"]): r for r in rows}
+
+
+def stored_answers(out):
+    """{id: row} of an earlier run in this folder, finished or not. The part rows also say how many seconds they took."""
+    paths = [out / "predictions.jsonl", *sorted(out.glob("part-*.jsonl"))]
+    return {r["question_id"]: r for path in paths for r in complete_lines(path)}
+
+
+# ---- model ----
+def weights_md5(model):
+    """Fingerprint of a local model folder, from 64 places of every weight file; '' for a hub name."""
+    digest, files = hashlib.md5(), sorted(Path(model).glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(4096))
+    return digest.hexdigest() if files else ""
+
+
+def check_model(path):
+    """Stops with one line unless `path` names a Qwen2-VL."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model") from None
+    if kind != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+
+
+def load_for_eval(path, dtype, device):
+    """The model in eval mode; flash-attn 2 where it is installed on CUDA, else SDPA."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import is_flash_attn_2_available
+
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return model.to(device).eval()
+
+
+def answer_cases(model, tokenizer, image_processor, samples, path, args):
+    """Appends the greedy answers to `path`, batch by batch."""
+    suffix, began, scored = EVAL_PROMPTS[args.prompt], time.time(), []
+    suffix = R1_SUFFIX if suffix is None else suffix
+    for i in range(0, len(samples), args.batch_size):
+        batch, since = samples[i : i + args.batch_size], time.time()
+        prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + suffix) for s in batch]
+        rolled = rollout(model, tokenizer, prompts, [["0"]] * len(batch), args.max_completion_length, 0, args.batch_size)
+        seconds = (time.time() - since) / len(batch)
+        answers = {s["id"]: {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids),
+                             "finished": finished, "seconds": seconds} for s, [(ids, _, finished)] in zip(batch, rolled, strict=True)}  # fmt: skip
+        with open(path, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
+        scored += score_answers(batch, answers, args.prompt)
+        n, parsed = len(scored), sum(r["pred_bbox_1000"] is not None for r in scored)
+        print0(f"case {n:05d}/{len(samples):05d} | acc {sum(r['correct'] for r in scored) / n:.3f} | parsed {parsed / n:.2f} | "
+               f"len {sum(r['num_tokens'] for r in scored) / n:.0f} | trunc {sum(not r['finished'] for r in scored) / n:.2f} | {seconds:.2f}s/case | "
+               f"eta {(time.time() - began) / n * (len(samples) - n) / 60:.1f} min")  # fmt: skip
+
+
+# ---- report ----
+REPORT_PAGE = string.Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { --ink:#17212f; --dim:#5d6a7c; --line:#e2e7ee; --soft:#f5f7fa; --good:#0f8a50; --bad:#d3352c; --seen:#2b6cdf; --unseen:#8b4fd0; }
+* { box-sizing:border-box }
+body { margin:0; background:var(--soft); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+main { max-width:1180px; margin:0 auto; padding:2.2rem 1.25rem 4rem }
+h1 { font-size:1.75rem; line-height:1.2; margin:0 0 .4rem; letter-spacing:-.01em; overflow-wrap:anywhere }
+h2 { font-size:1.1rem; margin:0 0 .8rem }
+h3 { font-size:1.05rem; margin:0; overflow-wrap:anywhere }
+p { margin:0 }
+.dim { color:var(--dim); font-size:.9rem }
+.lead { color:var(--dim); max-width:52rem }
+.panel,.card { background:#fff; border:1px solid var(--line); border-radius:12px; box-shadow:0 1px 2px rgb(20 30 50/.05) }
+.panel { padding:1.2rem 1.3rem }
+.heads { display:grid; grid-template-columns:repeat(3,1fr); gap:1rem; margin:1.6rem 0 1rem }
+.head b { display:block; font-size:2.5rem; line-height:1.15; letter-spacing:-.02em; font-variant-numeric:tabular-nums }
+.head b small { font-size:1.2rem; font-weight:600 }
+.two { display:grid; grid-template-columns:1fr 1fr; gap:1rem; margin:1rem 0 }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(8rem,1fr)); gap:.8rem }
+.facts b { display:block; font-size:1.25rem; font-variant-numeric:tabular-nums }
+.scroll { overflow-x:auto }
+table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:.95rem }
+th,td { padding:.4rem .7rem; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap }
+th:first-child,td:first-child { text-align:left; padding-left:0 }
+th { color:var(--dim); font-weight:600; font-size:.85rem }
+tr.split td { font-weight:650 }
+tr:last-child td { border-bottom:0 }
+.dot { display:inline-block; width:.65rem; height:.65rem; border-radius:50%; margin-right:.45rem; background:var(--c,var(--ink)) }
+.seen { --c:var(--seen) } .unseen { --c:var(--unseen) } .good { --c:var(--good) } .bad { --c:var(--bad) }
+.bar { display:grid; grid-template-columns:6.5rem 1fr 3.2rem; gap:.7rem; align-items:center; margin:.42rem 0; font-size:.92rem }
+.bar>span:first-child { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
+.bar>span:last-child { text-align:right; font-variant-numeric:tabular-nums; font-weight:600 }
+.track { position:relative; height:1.05rem; background:#edf0f5; border-radius:5px }
+.track i { position:absolute; inset:0 auto 0 0; background:var(--c,#46566b); border-radius:5px; opacity:.85 }
+.track u { position:absolute; top:50%; height:0; border-top:2px solid var(--ink) }
+.track u::before,.track u::after { content:""; position:absolute; top:-6px; height:10px; border-left:2px solid var(--ink) }
+.track u::before { left:-1px } .track u::after { right:-1px }
+.head .track { height:.55rem; margin:.55rem 0 .5rem }
+.head .track u::before,.head .track u::after { top:-5px; height:8px }
+.hist { display:flex; align-items:flex-end; gap:3px; height:190px; border-bottom:1px solid var(--dim) }
+.hist span { flex:1; background:var(--c); opacity:.85; border-radius:3px 3px 0 0; position:relative; min-height:0 }
+.hist span em { position:absolute; bottom:100%; left:-9px; right:-9px; text-align:center;
+  color:var(--dim); font:600 .68rem/1.5 system-ui,sans-serif }
+.hist .none { --c:#8b96a6; flex:1.6; margin-right:12px }
+.axis { display:flex; gap:3px; font-size:.75rem; color:var(--dim); margin-bottom:.6rem }
+.axis span { flex:1; position:relative; height:1.3rem }
+.axis span em { position:absolute; left:-1.2em; width:2.4em; text-align:center; font-style:normal }
+.axis .none { flex:1.6; margin-right:12px } .axis .none em { left:-.6em; right:auto; width:auto; white-space:nowrap }
+.axis .end { flex:0 0 0; margin-left:-3px }
+.filters { display:flex; flex-wrap:wrap; gap:.6rem 1.2rem; align-items:center; position:sticky; top:0; z-index:5; background:var(--soft);
+  padding:.7rem 0; border-bottom:1px solid var(--line); margin-bottom:1rem }
+select,input[type=search] { font:inherit; padding:.3rem .6rem; border:1px solid #c6cedb; border-radius:8px; background:#fff; color:inherit }
+label { display:inline-flex; gap:.45rem; align-items:center } input[type=checkbox] { width:1.05rem; height:1.05rem }
+#count { margin-left:auto }
+.card { display:grid; grid-template-columns:minmax(0,26rem) minmax(0,1fr); gap:1.3rem; padding:1.1rem; margin-bottom:1rem;
+  content-visibility:auto; contain-intrinsic-size:auto 360px }
+.card[hidden] { display:none }
+figure { position:relative; margin:0 auto; width:100%; align-self:start; background:#e9edf2; border-radius:6px;
+  overflow:hidden; outline:1px solid var(--line) }
+figure img { display:block; width:100%; height:100% }
+figure i { position:absolute; border:3px solid var(--c); border-radius:3px;
+  box-shadow:0 0 0 1px rgb(255 255 255/.9),inset 0 0 0 1px rgb(255 255 255/.9) }
+figure i.bad { border-style:dashed; border-width:2px; box-shadow:0 0 0 1px rgb(255 255 255/.7) }
+.body { display:flex; flex-direction:column; gap:.55rem; min-width:0 }
+.row { display:flex; flex-wrap:wrap; gap:.35rem .6rem; align-items:center }
+.chip { font-size:.8rem; padding:.08rem .6rem; border-radius:99px; border:1px solid var(--c); color:var(--c); font-weight:600; white-space:nowrap }
+.chip.full { background:var(--c); color:#fff }
+.text { white-space:pre-wrap; overflow-wrap:anywhere; background:var(--soft); border-radius:8px; padding:.7rem .9rem;
+  max-height:27rem; overflow:auto; font-size:.95rem; flex:0 1 auto }
+.text span { color:#66758c; font:.8em ui-monospace,Menlo,Consolas,monospace }
+.text mark { background:#fff3c4; color:inherit; padding:.05em .15em; border-radius:3px }
+.key { display:inline-block; width:1rem; height:.75rem; border:3px solid var(--c); border-radius:3px; margin-right:.35rem; vertical-align:-.05rem }
+.key.bad { border-style:dashed }
+code { font:.85em ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere }
+@media (max-width:760px) {
+  main { padding:1.3rem .8rem 3rem } h1 { font-size:1.35rem } .heads { gap:.5rem } .two,.card { grid-template-columns:minmax(0,1fr) }
+  .head { padding:.7rem .75rem } .head b { font-size:1.45rem } .head b small { font-size:.9rem } .panel { padding:.9rem }
+  .head .dim { font-size:.75rem }
+  .card { padding:.8rem; gap:.8rem } th,td { padding:.35rem .45rem } table { font-size:.85rem } .bar { grid-template-columns:5.2rem 1fr 2.8rem }
+  .hist span:not(.none) em { display:none } #count { margin-left:0 } .text { max-height:60vh } .facts { grid-template-columns:1fr 1fr }
+  .axis .none em { display:none }
+}
+</style></head><body><main>
+<h1>$title</h1>
+<p class="lead">$lead</p>
+<section class="heads">$heads</section>
+<section class="panel facts">$facts</section>
+<section class="two">
+<div class="panel"><h2>Accuracy by category</h2>$bars
+<p class="dim"><span class="dot seen"></span>seen in training &nbsp; <span class="dot unseen"></span>unseen &nbsp; whisker: 95 % interval</p></div>
+<div class="panel"><h2>Overlap with the truth (IoU)</h2>$histogram
+<p class="dim"><span class="dot bad"></span>wrong &nbsp; <span class="dot good"></span>correct, IoU ≥ 0.5 &nbsp;
+<span class="dot" style="--c:#8b96a6"></span>no
+valid box</p></div>
+</section>
+<section class="panel scroll"><h2>Results</h2><table>$table</table>
+<p class="dim">Accuracy and parsed in percent. Intervals: percentile bootstrap over images, $resamples resamples;
+a group with a single image has none.</p></section>
+<h2 style="margin:2rem 0 .2rem">Cases, worst first</h2>
+<div class="filters"><label>Category <select id="category"><option value="">all</option>$options</select></label>
+<label><input type="checkbox" id="wrong"> wrong only</label>
+<span class="dim"><span class="key good"></span>truth &nbsp; <span class="key bad"></span>predicted</span><span class="dim" id="count"></span></div>
+$cards
+</main>
+<script type="application/json" id="pictures">$pictures</script>
+<script>
+const pictures = JSON.parse(document.getElementById("pictures").textContent), cards = [...document.querySelectorAll(".card")];
+for (const img of document.querySelectorAll("img[data-i]")) img.src = "data:image/jpeg;base64," + pictures[img.dataset.i];
+const category = document.getElementById("category"), wrong = document.getElementById("wrong");
+function filter() {
+  let shown = 0;
+  for (const c of cards) {
+    c.hidden = (category.value && c.dataset.category !== category.value) || (wrong.checked && c.dataset.correct === "1");
+    shown += !c.hidden;
+  }
+  const kept = cards.length < $total ? " (the " + cards.length + " worst are here)" : "";
+  document.getElementById("count").textContent = shown + " of $total cases shown" + kept;
+}
+category.onchange = wrong.onchange = filter;
+filter();
+</script></body></html>
+""")
+
+
+def thumbnail(image):
+    """(base64 JPEG, width, height), at most 480 px wide and high."""
+    image = load_image(image)
+    image.thumbnail((480, 480), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return base64.b64encode(data.getvalue()).decode(), *image.size
+
+
+def box_div(box, kind):
+    """A box of the 0..1000 grid over its picture, in percent."""
+    x1, y1, x2, y2 = (v / 10 for v in box)
+    return f'<i class="{kind}" style="left:{x1:.1f}%;top:{y1:.1f}%;width:{x2 - x1:.1f}%;height:{y2 - y1:.1f}%"></i>'
+
+
+def marked_text(text):
+    """Escaped response; tags and special tokens stay readable but recede, the answer stands out."""
+    shown = re.sub(r"&lt;/?(?:think|answer)&gt;|&lt;\|\w+\|&gt;", r"<span>\g<0></span>", html.escape(text.strip()))
+    shown = re.sub(r"(<span>&lt;answer&gt;</span>)(.*?)(<span>&lt;/answer&gt;</span>)", r"\1<mark>\2</mark>\3", shown, flags=re.S)
+    return shown or "<span>(empty response)</span>"
+
+
+def track(m, kind=""):
+    """Bar of an accuracy with its interval as a whisker."""
+    whisker = f'<u style="left:{percent(m["acc_ci95"][0])}%;right:{percent(1 - m["acc_ci95"][1])}%"></u>' if m["acc_ci95"] else ""
+    return f'<div class="track {kind}"><i style="width:{percent(m["acc"])}%"></i>{whisker}</div>'
+
+
+def case_card(row, sample, picture, width, height):
+    """One case of the gallery: picture with both boxes, and the reasoning next to it."""
+    e, box, kind = html.escape, row["pred_bbox_1000"], "good" if row["correct"] else "bad"
+    verdict = f"IoU {row['iou']:.2f}" if box else "no valid box"
+    length = "" if row["num_tokens"] is None else f" · {row['num_tokens']} tokens{', cut off' if row['finished'] is False else ''}"
+    boxes = box_div(row["gt_bbox_1000"], "good") + (box_div(box, "bad") if box else "")
+    return (f'<article class="card" data-category="{e(row["category"])}" data-correct="{int(row["correct"])}">'
+            f'<figure style="aspect-ratio:{width}/{height};max-width:{460 * width / height:.0f}px">'
+            f'<img data-i="{picture}" alt="picture of case {e(row["question_id"])}" decoding="async">{boxes}</figure>'
+            f'<div class="body"><div class="row {kind}"><h3>{e(row["entity"] or sample["question"])}</h3>'
+            f'<span class="chip full">{"correct" if row["correct"] else "wrong"}</span><span class="chip">{verdict}</span>'
+            f'<span class="dim">{e(row["category"])}</span></div><div class="text">{marked_text(row["response"])}</div>'
+            f'<p class="dim"><span class="key good"></span><code>{row["gt_bbox_1000"]}</code> &nbsp; '
+            f'<span class="key bad"></span><code>{box or "none"}</code></p>'
+            f'<p class="dim"><code>{e(row["question_id"])}</code>{length}</p></div></article>\n')  # fmt: skip
+
+
+def report_html(rows, samples, metrics, args):
+    """The whole page as text; it refers to no other file."""
+    e, by_id = html.escape, {s["id"]: s for s in samples}
+    shown = sorted(rows, key=lambda r: (r["iou"], r["pred_bbox_1000"] is not None))[: args.report_samples]
+    thumbs = {r["image_id"]: None for r in shown}
+    for r in shown:
+        thumbs[r["image_id"]] = thumbs[r["image_id"]] or thumbnail(by_id[r["question_id"]]["image"])
+    number = {k: i for i, k in enumerate(thumbs)}
+    cards = [case_card(r, by_id[r["question_id"]], number[r["image_id"]], *thumbs[r["image_id"]][1:]) for r in shown]
+
+    cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
+    heads = [f'<div class="panel head {k}"><span class="dim">{label}</span><b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}'
+             f'<p class="dim">{interval(m["acc_ci95"])}<br>{m["n"]} cases</p></div>' if m else
+             f'<div class="panel head {k}"><span class="dim">{label}</span><b>–</b><p class="dim">0 cases</p></div>'
+             for k, label, m in cases]  # fmt: skip
+    bars = [f'<div class="bar"><span title="{e(c)}">{e(c)}</span>{track(m, "seen" if c in args.seen else "unseen")}'
+            f'<span>{percent(m["acc"])}</span></div>'
+            for c, m in metrics["categories"].items()]  # fmt: skip
+    unparsed = sum(r["pred_bbox_1000"] is None for r in rows)
+    counts = np.histogram([r["iou"] for r in rows if r["pred_bbox_1000"]], bins=np.linspace(0, 1, 21))[0].tolist()
+    highest = max(counts + [unparsed, 1])
+    columns = [("none", unparsed, "no valid box")]
+    columns += [("bad" if i < 10 else "good", c, f"IoU {i / 20:.2f} to {(i + 1) / 20:.2f}") for i, c in enumerate(counts)]
+    columns = [f'<span class="{k}" style="height:{88 * c / highest:.1f}%" title="{t}: {c} cases"><em>{c or ""}</em></span>' for k, c, t in columns]
+    ticks = [f"<span><em>{i / 20:g}</em></span>" if i % 5 == 0 else "<span></span>" for i in range(20)]
+    ticks = ['<span class="none"><em>no box</em></span>', *ticks, '<span class="end"><em>1</em></span>']
+    histogram = f'<div class="hist">{"".join(columns)}</div><div class="axis">{"".join(ticks)}</div>'
+    lines = [f'<tr class="{kind}"><td><span class="dot {kind if kind != "split" else name}"></span>{e(name)}</td>'
+             + "".join(f"<td>{c}</td>" for c in rest) + "</tr>" for name, kind, *rest in metric_lines(metrics, args.seen)]  # fmt: skip
+    facts = [("images", len({r["image_id"] for r in rows})), ("answers with a valid box", f"{metrics['all']['parse_rate']:.1%}"),
+             ("mean IoU", f"{metrics['all']['mean_iou']:.3f}")]  # fmt: skip
+    optional = (("mean_length", "tokens per answer", ".0f"), ("clipped_ratio", "cut off", ".1%"), ("per_second", "answers/s per process", ".2f"))
+    facts += [(label, format(metrics[f"completions/{k}"], form)) for k, label, form in optional if metrics[f"completions/{k}"] is not None]
+    source = Path(args.model or args.predictions)
+    name = f"{source.parent.name}/{source.name}" if source.name in ("final", "model", "predictions.jsonl", "answers.jsonl") else source.name
+    how = f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens" if args.model else "answers made elsewhere"
+    lead = ("Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps the truth with "
+            f"IoU ≥ 0.5. Prompt “{args.prompt}”, {how}.")  # fmt: skip
+    return REPORT_PAGE.substitute(
+        title=e(f"{name} on {Path(args.bench).name}"), lead=e(lead), heads="".join(heads), bars="".join(bars), histogram=histogram,
+        table="<tr><th>split</th><th>cases</th><th>accuracy</th><th>95 % interval</th><th>mean IoU</th><th>parsed</th></tr>" + "".join(lines),
+        facts="".join(f"<div><b>{v}</b><span class='dim'>{k}</span></div>" for k, v in facts), resamples=f"{RESAMPLES:,}", total=len(rows),
+        options="".join(f'<option value="{e(c)}">{e(c)} ({n})</option>' for c, n in sorted(Counter(r["category"] for r in shown).items())),
+        cards="".join(cards), pictures=json.dumps([t[0] for t in thumbs.values()]))  # fmt: skip
+
+
+def write_results(out, samples, answers, args):
+    """predictions.jsonl, metrics.json, table.md and report.html; returns the table. Unchanged predictions are left alone."""
+    rows = score_answers(samples, answers, args.prompt)
+    text, path = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), out / "predictions.jsonl"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+    metrics = bench_metrics(rows, args.seen, args.seed)
+    seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
+    if not seconds and (out / "metrics.json").exists():  # scored again: the speed was measured when the answers were made
+        metrics["completions/per_second"] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["completions/per_second"]
+    else:
+        metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
+    metrics["config"] = vars(args)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    table = metrics_table(metrics, args.seen)
+    write_text(out / "table.md", table)
+    write_text(out / "report.html", report_html(rows, samples, metrics, args))
+    return table
+
+
+def main():
+    args, start = parse_args(), time.time()
+    out, rank = Path(args.out), int(os.environ.get("RANK", 0))
+    if args.compare:
+        result = compare_runs(*args.compare, args.seen, args.seed)
+        write_text(out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n")
+        print0(compare_table(result) + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}")
+        return
+    samples = read_bench(args.bench)
+    if args.predictions:
+        answers = read_foreign_answers(args.predictions, samples)
+    else:
+        check_model(args.model)
+    args.bench_md5 = hashlib.md5("\n".join(f"{s['id']} {s['question']} {s['answer']}" for s in samples).encode()).hexdigest()
+    args.weights_md5 = weights_md5(args.model) if args.model else None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        same_config(out, args, ignore=("out", "compare", "batch_size", "seen", "seed", "report_samples", "timeout_minutes"))
+    if odd := sorted(set(args.seen) - {s["category"] for s in samples}):
+        print0(f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted({s['category'] for s in samples}))}")
+
+    if args.model:
+        rank, world_size, device = init_dist(args.timeout_minutes)
+        answers = broadcast(stored_answers(out) if rank == 0 else None)
+        todo = [s for s in samples if s["id"] not in answers]
+        print0(f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, {world_size} ranks on {device.type}")
+        if todo:
+            tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+            model = load_for_eval(args.model, args.dtype, device)
+            answer_cases(model, tokenizer, image_processor, todo[rank::world_size], out / f"part-{rank}.jsonl", args)
+            dist.barrier()
+            answers = stored_answers(out) if rank == 0 else None
+    if rank == 0:
+        table = write_results(out, samples, answers, args)
+        for part in out.glob("part-*.jsonl"):
+            part.unlink()
+        print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {out / 'report.html'}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,542 @@
+"""Drops bad chains of thought (--stage cot), and keeps the samples that RL can learn from (--stage grpo).
+
+reads   --samples: samples.jsonl of gen_cot.py (cot) or synth_data.py (grpo, with --model: the stage-1 model)
+writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo also pass_rate.png and mastery.json
+
+  smoke    python filter.py --stage cot --samples runs/toy/cot/samples.jsonl --out runs/cot_kept
+  1 GPU    python filter.py --stage grpo --model runs/cot_sft/final --samples runs/synth2/samples.jsonl --out runs/grpo_data
+  8 GPUs   torchrun --nproc_per_node 8 filter.py --stage grpo --model ... --samples ... --out runs/grpo_data
+
+The paper (arXiv 2503.12797) rolls the stage-1 model out 4 times per sample and drops 4/4 (trivial) and 0/4 (too hard); its
+threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It describes no filter for chains.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--stage", required=True, choices=["cot", "grpo"], help="check chains of thought, or difficulty for RL")
+    p.add_argument("--samples", required=True, help="samples.jsonl")
+    p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
+    # --stage cot
+    p.add_argument("--min_words", type=int, default=10, help="of a chain of thought")
+    p.add_argument("--max_words", type=int, default=600, help="of a chain of thought")
+    p.add_argument("--max_repeats", type=int, default=3, help="times a line of a chain may occur; loops repeat theirs")
+    # --stage grpo
+    p.add_argument("--model", help="the stage-1 model")
+    p.add_argument("--num_rollouts", type=int, default=4, help="k per sample (paper: 4)")
+    p.add_argument("--min_correct", type=int, default=1, help="fewest correct of k to keep (paper: 1)")
+    p.add_argument("--max_correct", type=int, help="most correct of k to keep (default and paper: k - 1)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the sampler; the paper does not state it")
+    p.add_argument("--max_completion_length", type=int, default=512, help="tokens")
+    p.add_argument("--batch_size", type=int, default=256, help="sequences decoded at once on one rank")
+    p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image")
+    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    if args.stage == "grpo" and not args.model:
+        p.error("--stage grpo rolls the stage-1 model out; want --model")
+    args.max_correct = args.num_rollouts - 1 if args.max_correct is None else args.max_correct
+    if args.num_rollouts < 2 or not 0 <= args.min_correct <= args.max_correct <= args.num_rollouts:
+        p.error("want --num_rollouts >= 2 and 0 <= --min_correct <= --max_correct <= --num_rollouts")
+    return args
+
+
+# >>> shared:jsonl_io (copy of synth_data.py)
+def read_jsonl(path, required=()):
+    """Rows of a JSONL file as dicts. Errors: one line naming file, line and the missing column or broken JSON."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file; want JSONL, one object a line; check the path or run the stage before")
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+            if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
+                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+            rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
+    return rows
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all: to a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def complete_lines(path):
+    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe."""
+    if not os.path.exists(path):
+        return []
+    data = Path(path).read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+
+def same_config(out, args, ignore=()):
+    """Writes {out}/config.json, or checks that an earlier run into this folder had the same settings."""
+    now = {k: v for k, v in vars(args).items() if k not in ignore}
+    path = Path(out) / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in now.items():
+            if json.loads(json.dumps(value)) != old.get(key):
+                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                                 "give another output folder or delete this one")  # fmt: skip
+    write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+# <<< shared:jsonl_io
+
+
+# >>> shared:dist (copy of train_sft.py)
+def init_dist(timeout_minutes=60):
+    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    if not dist.is_initialized():
+        where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+    return rank, world_size, device
+
+
+def print0(*message):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*message, flush=True)
+
+
+def broadcast(value):
+    """Rank 0's value (any picklable object) on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_sum(values, device):
+    """Sums a list of numbers over all ranks; every rank must call it."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+# <<< shared:dist
+
+
+# >>> shared:chat_inputs (copy of train_sft.py)
+R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+
+
+def read_samples(path):
+    """Samples of any format we know, as dicts with the same keys.
+
+    Reads our JSONL, ShareGPT JSON (messages, images), GRPO parquet (image, problem, solution) and KVG-Bench parquet
+    (question_id, question, answer, image, category). Keys: id, image (path or bytes), image_id, question, answer,
+    bbox_1000 (list of 4 ints or None), entity, category, completion (what SFT learns, or None), prompt_suffix, row.
+    Errors: one line for a missing file, an unknown format, a missing column or a box that is none.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
+        table = pq.read_table(path)
+        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        if missing := [n for n in names if n not in table.column_names]:
+            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+        rows = table.to_pylist()
+        for i, r in enumerate(rows):
+            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+    elif path.suffix == ".json":
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
+    else:
+        rows = read_jsonl(path, ("id", "images", "messages"))
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
+    samples = []
+    for i, r in enumerate(rows):
+        where = f"{path}:{i + 1} ({r['id']})"
+        completion, suffix = None, ""
+        if "messages" in r:
+            if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
+                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+            user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
+            suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
+            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            image = image_id = str(path.parent / r["images"][0])
+        else:
+            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
+        box = BOX.search(r["answer"] or "")
+        bbox_1000 = [int(v) for v in box.groups()] if box else None
+        if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
+            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+        entity = REF.search(r["answer"] or "") or REF.search(r["question"])
+        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
+                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
+                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+    return samples
+
+
+def load_processors(model_path, max_pixels):
+    """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if "<|image_pad|>" not in tokenizer.get_vocab():
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
+    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return tokenizer, image_processor
+
+
+def load_image(image):
+    """RGB picture from a path or bytes. Errors: one line for a file that is missing or broken."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            return im.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+
+
+def visual_tokens(image_processor, width, height):
+    """Number of <|image_pad|> that an image of this size takes."""
+    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+
+
+def prompt_ids(tokenizer, text, count):
+    """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
+
+
+def chat_inputs(tokenizer, image_processor, image, text):
+    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
+    image = load_image(image)
+    vision = image_processor(images=[image], return_tensors="pt")
+    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+# <<< shared:chat_inputs
+
+
+# >>> shared:load_model (copy of train_sft.py)
+def load_model(path, dtype, device):
+    """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import is_flash_attn_2_available, logging
+
+    logging.disable_progress_bar()
+    if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return model.to(device)
+# <<< shared:load_model
+
+
+# >>> shared:answer_format (copy of train_grpo.py)
+POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
+FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
+BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
+CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
+THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+
+
+def answer_text(text, mode="r1"):
+    """Where the box is looked for, or None. `r1`: the one closed <answer> pair, not inside an open <think>.
+
+    Other modes: the whole text, or the answer block if there is one.
+    """
+    if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
+        before, rest = text.split("<answer>")
+        if "</answer>" in rest and before.count("<think>") == before.count("</think>"):
+            return rest.split("</answer>")[0]
+    return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
+
+
+def parse_bbox(text, mode="r1"):
+    """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
+
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
+    Nothing is reordered, clipped or rescaled.
+    """
+    region = answer_text(text, mode)
+    if region is None:
+        return None
+    found = {tuple(float(v) for v in re.findall(r"[0-9]+(?:\.[0-9]+)?", m[0])) for m in BOXES.finditer(region)}
+    if len(found) != 1:
+        return None
+    (box,) = found
+    if len(box) != 4 or not (box[0] < box[2] <= 1000 and box[1] < box[3] <= 1000):
+        return None
+    return [int(v) if v == int(v) else v for v in box]
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit, 0..1."""
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union > 0 else 0.0
+# <<< shared:answer_format
+
+
+# >>> shared:rollout (copy of train_grpo.py)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def vision_ids(tokenizer):
+    """Ids that are never sampled: in a completion they would be counted as image features."""
+    return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
+
+
+def uniforms(seed, count):
+    """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
+    return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
+    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+
+    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
+    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
+    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    """
+    generations = len(seeds[0])
+    chunk = max(1, batch_size // generations)
+    training = model.training
+    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
+    out = []
+    for i in range(0, len(prompts), chunk):
+        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+    model.train(training)
+    return out
+
+
+def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
+    from transformers import DynamicCache
+
+    device, generations = model.device, len(seeds[0])
+    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
+    banned = torch.tensor(vision_ids(tokenizer), device=device)
+    length = max(len(p["prompt_ids"]) for p in prompts)
+    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
+        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
+        mask[row, length - len(p["prompt_ids"]) :] = 1
+    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
+    is_image = (ids == model.config.image_token_id).int()
+    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
+    text = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
+                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+
+    # from here on one row per completion
+    cache.batch_repeat_interleave(generations)
+    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
+    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
+    rows = len(prompts) * generations
+    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = torch.from_numpy(draws).to(device)
+    tokens = torch.full((rows, max_completion_length), -1, device=device)
+    logps = torch.zeros(rows, max_completion_length, device=device)
+    active = torch.arange(rows, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
+    for t in range(max_completion_length):
+        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
+            cdf = logp.exp().cumsum(-1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+        else:
+            token = logp.argmax(-1)
+        tokens[active, t] = torch.where(done, -1, token)
+        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
+        done |= torch.isin(token, stop)
+        if t + 1 == max_completion_length or done.all():
+            break
+        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
+                       use_cache=True).logits[:, -1]  # fmt: skip
+    finished = torch.isin(tokens, stop).any(-1).tolist()
+    tokens, logps = tokens.tolist(), logps.cpu()
+    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
+    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
+    return [out[i : i + generations] for i in range(0, rows, generations)]
+
+
+def completion_text(tokenizer, ids):
+    """Text with box and ref tokens, without the stop token."""
+    return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+# <<< shared:rollout
+
+
+# ---- rules for chains of thought ----
+def broken_rule(sample, seen, args):
+    """Name of the first rule that a row's chain breaks, or None. `seen` holds (image, text) pairs met so far; it grows."""
+    text, gt = sample["completion"] or "", sample["bbox_1000"]
+    match = THINK_ANSWER.fullmatch(text.strip())
+    if not match:
+        return "not one <think> and one <answer> block"
+    if gt is None or parse_bbox(text) != gt:
+        return "answer is not the ground-truth box"
+    think = match.group(1).strip()
+    if not args.min_words <= len(think.split()) <= args.max_words:
+        return f"not {args.min_words} to {args.max_words} words"
+    if sample["entity"] not in think:
+        return "does not name the target"
+    boxes = [[float(v) for v in re.findall(r"[0-9.]+", m[0])] for m in BOXES.finditer(think)]
+    if any(len(b) != 4 or not (b[0] < b[2] <= 1000 and b[1] < b[3] <= 1000) for b in boxes):
+        return "a box in the reasoning is none"
+    if boxes and box_iou(boxes[-1], gt) < 0.5:
+        return "reasoning ends at another box than the answer"
+    if max(Counter(line for line in think.splitlines() if line.strip()).values()) > args.max_repeats:
+        return "repeats itself"
+    if (sample["image_id"], text) in seen:
+        return "duplicate"
+    seen.add((sample["image_id"], text))
+    return None
+
+
+# ---- outputs ----
+def moved(row, source, out):
+    """The row with its image paths relative to the new file's folder."""
+    return row | {"images": [os.path.relpath(Path(source).parent / image, out) for image in row["images"]]}
+
+
+def draw_pass_rates(rates, k, kept, path):
+    """How many samples were solved 0..k times; the kept ones in colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts = Counter(round(r * k) for r in rates)
+    figure, ax = plt.subplots(figsize=(5, 3))
+    ax.bar(range(k + 1), [counts[i] for i in range(k + 1)], color=["tab:blue" if i in kept else "lightgray" for i in range(k + 1)])
+    ax.set_xlabel(f"correct of {k} rollouts (IoU >= 0.5)")
+    ax.set_ylabel("samples")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def measure_pass_rates(samples, args, out):
+    """{id: correct of k}, by rollouts of the model; every rank appends what it finished, so that a killed run goes on."""
+    rank, world_size, device = init_dist(args.timeout_minutes)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        same_config(out, args, ignore=("out", "batch_size", "timeout_minutes"))
+    dist.barrier()
+    done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    dist.barrier()
+    todo = [s for s in samples if s["id"] not in done][rank::world_size]
+    if todo:
+        tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+        model = load_model(args.model, args.dtype, device)
+    chunk = max(1, args.batch_size // args.num_rollouts)
+    with open(out / f"part-{rank}.jsonl", "a", encoding="utf-8") as f:
+        for i in tqdm(range(0, len(todo), chunk), disable=rank > 0 or not sys.stderr.isatty(), desc="filter"):
+            batch = todo[i : i + chunk]
+            prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX) for s in batch]
+            seeds = [[f"{args.seed}:filter:{s['id']}:{g}" for g in range(args.num_rollouts)] for s in batch]
+            rolled = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size)
+            for s, completions in zip(batch, rolled, strict=True):
+                boxes = [parse_bbox(completion_text(tokenizer, ids)) for ids, _, _ in completions]
+                correct = sum(b is not None and box_iou(b, s["bbox_1000"]) >= 0.5 for b in boxes)
+                f.write(json.dumps({"id": s["id"], "correct": correct, "parsed": sum(b is not None for b in boxes)}) + "\n")
+            f.flush()
+    dist.barrier()
+    done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    dist.barrier()
+    return done, rank
+
+
+def main():
+    args, start = parse_args(), time.time()
+    samples, out, rank = read_samples(args.samples), Path(args.out), 0
+    ids = [s["id"] for s in samples]
+    if len(set(ids)) < len(ids):
+        raise SystemExit(f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids; rerun the stage before")
+    if missing := [s["id"] for s in samples if s["bbox_1000"] is None or "images" not in s["row"]]:
+        raise SystemExit(f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py; rerun that stage")
+    kept, rejected, stats = [], [], {}
+    if args.stage == "cot":
+        seen = set()
+        for s in samples:
+            rule = broken_rule(s, seen, args)
+            (rejected if rule else kept).append(moved(s["row"], args.samples, out) | ({"reason": rule} if rule else {}))
+    else:
+        correct, rank = measure_pass_rates(samples, args, out)
+        by_entity = defaultdict(list)
+        for s in samples:
+            k = correct[s["id"]]
+            row = moved(s["row"], args.samples, out) | {"pass_rate": k / args.num_rollouts, "num_rollouts": args.num_rollouts}
+            reason = "too hard" if k < args.min_correct else "trivial" if k > args.max_correct else None
+            (rejected if reason else kept).append(row | ({"reason": reason} if reason else {}))
+            by_entity[s["entity"]].append(row["pass_rate"])
+        stats["pass_rate"] = sum(correct[s["id"]] for s in samples) / args.num_rollouts / len(samples)
+    if rank == 0:
+        stats |= {"rows": len(samples), "kept": len(kept), "rejected": Counter(r["reason"] for r in rejected), "seconds": round(time.time() - start, 1)}
+        write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
+        if args.stage == "grpo":
+            mastery = {e: {"pass_rate": sum(r) / len(r), "n": len(r)} for e, r in sorted(by_entity.items())}
+            write_text(out / "mastery.json", json.dumps(mastery, indent=1, ensure_ascii=False) + "\n")
+            draw_pass_rates([r["pass_rate"] for r in kept + rejected], args.num_rollouts, range(args.min_correct, args.max_correct + 1),
+                            out / "pass_rate.png")  # fmt: skip
+        write_text(out / "stats.json", json.dumps(stats, indent=1) + "\n")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].most_common())
+        print(f"filter: {len(kept)} of {len(samples)} rows kept ({reasons or 'none rejected'}), {stats['seconds']} s -> {out / 'samples.jsonl'}")
+        if not kept:
+            raise SystemExit(f"{out}/rejected.jsonl: 0 of {len(samples)} rows kept; want some; look at the reasons there")
+        write_text(out / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,754 @@
+"""Writes a chain of thought for every composite sample: from a local teacher, a served teacher, or an attribute table.
+
+reads   --samples: samples.jsonl of synth_data.py; --knowledge: {"Name": {"category", "description"}} (teacher `knowledge`)
+writes  --out: samples.jsonl (rows with cot, teacher and <think>/<answer> messages), rejected.jsonl, stats.json,
+        config.json, part-*.jsonl (one line per finished row, so that a killed run continues)
+
+  smoke    python gen_cot.py --samples runs/toy/synth/samples.jsonl --knowledge runs/toy/world/knowledge.json --out runs/toy/cot
+  served   python gen_cot.py --samples runs/synth/samples.jsonl --teacher openai --base_url http://localhost:8000/v1
+           --teacher_model Qwen/Qwen2-VL-72B-Instruct --out runs/cot
+  8 GPUs   torchrun --nproc_per_node 8 gen_cot.py --samples runs/synth/samples.jsonl --teacher hf
+           --teacher_model Qwen/Qwen2-VL-7B-Instruct --out runs/cot  (72B: python, one process, --device_map auto)
+
+As in the paper (arXiv 2503.12797) the teacher sees all labels and boxes and the target's box, and rationalises: Planning,
+Visual Analysis, Comparison, Conclusion. Differences: our own wording of the prompt; every chain is validated, a bad one is
+drawn again and at last rejected with its reason (the paper describes no filter and no retries); the `knowledge` teacher,
+which looks at nothing but the table. Boxes are on Qwen2-VL's 0..1000 grid, and the prompt says so.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter, deque
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+TEACHER_PROMPT = """This image shows {listed}.
+Boxes are (x1,y1),(x2,y2), on a grid from 0 to 1000 over the width and over the height of the image.
+The bounding box of {target} is {box}.
+Write the reasoning by which an expert who sees only the image would find {target}, from the image and from what is known about its looks.
+Notes:
+1. Compare {target} in detail with the other objects, which are of the same kind, until there is evidence that only it shows.
+2. First analyse the visible features of every object, and only then compare.
+3. An object called [Unknown] has no known name; it can still be compared by its looks.
+Write exactly four parts, each beginning on a new line with its heading, and nothing before the first:
+Planning: what is known about the looks of {target}, and what to look for.
+Visual Analysis: one numbered block per object with its name, its box, and its colours, shapes and parts.
+Comparison: which features set {target} apart from each of the others.
+Conclusion: the decision; the last words are the box of {target}, written as (x1,y1),(x2,y2).
+Never mention that names, boxes or these notes were given to you."""
+HEADINGS = re.compile(r"^[ \t#*\d.)]*(planning|visual analysis|comparison|conclusion)[ \t*]*(?::|$)", re.I | re.M)
+MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)  # in the training text it would open a turn, a block or an image
+INLINE = re.compile(r"<\|(?:box|object_ref)_(?:start|end)\|>")  # Qwen's own way to write names and boxes; dropped
+GIVEN = r"(?:provided|given|supplied|stated|specified)"
+BETRAYALS = [re.compile(pattern, re.I) for pattern in (
+    rf"\b{GIVEN} (?:bounding box|box|coordinate|label|name|annotation|location|information|answer)",
+    rf"\b(?:box|boxes|coordinates?|labels?|names?|annotations?)(?: (?:that )?(?:is|are|was|were|has been|have been))? {GIVEN}\b",
+    rf"\bbounding box[^.\n]{{0,60}}\b{GIVEN}\b",
+    rf"\bas {GIVEN}\b",
+    r"\b(?:match|matches|matching|consistent with|confirmed by|according to) the (?:\w+ )?(?:bounding box|coordinates|labels?|annotations?)\b",
+    r"\bthe (?:prompt|instructions?|annotations?|notes)\b",
+    r"\bground[- ]truth\b",
+    r"\b(?:I|we) (?:am|are|was|were|have been) (?:told|given|provided)\b",
+    r"\blabell?ed (?:as\b|\[?unknown)",
+)]  # fmt: skip
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--samples", required=True, help="samples.jsonl of synth_data.py")
+    p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
+    p.add_argument("--teacher", default="knowledge", choices=["hf", "openai", "knowledge"], help="local model, served model, or attribute table")
+    p.add_argument("--teacher_model", help="hf: folder or name of a Qwen-VL; openai: the name the server knows (paper: Qwen2-VL-72B)")
+    p.add_argument("--knowledge", help='teacher knowledge: JSON {"Name": {"category", "description"}}')
+    # asking
+    p.add_argument("--max_attempts", type=int, default=3, help="chains drawn per row before it is rejected")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 is greedy and wants --max_attempts 1")
+    p.add_argument("--max_completion_length", type=int, default=1024, help="tokens; a longer chain is rejected")
+    p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
+    p.add_argument("--min_words", type=int, default=30, help="a shorter chain of a model is rejected")
+    p.add_argument("--max_words", type=int, default=800, help="a longer chain of a model is rejected")
+    # hf
+    p.add_argument("--batch_size", type=int, default=16, help="chains decoded at once on one rank")
+    p.add_argument("--device_map", choices=["auto"], help="auto: one process, the model over all GPUs (default: one GPU per process)")
+    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    # openai; the key is read from the environment variable OPENAI_API_KEY alone
+    p.add_argument("--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible server (vLLM, SGLang, ...)")
+    p.add_argument("--concurrency", type=int, default=16, help="requests in flight")
+    p.add_argument("--request_timeout", type=float, default=300, help="seconds per request")
+    p.add_argument("--max_retries", type=int, default=8, help="repeats of a request that met a busy, slow or absent server")
+    # run
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    if min(args.max_attempts, args.batch_size, args.concurrency, args.max_completion_length) < 1:
+        p.error("want at least 1 for --max_attempts, --batch_size, --concurrency and --max_completion_length")
+    if args.teacher == "knowledge" and not args.knowledge:
+        raise SystemExit("--teacher knowledge: no --knowledge; want a JSON table of the entities; give its path or another --teacher")
+    if args.teacher != "knowledge" and not args.teacher_model:
+        raise SystemExit(f"--teacher {args.teacher}: no --teacher_model; want the name of a Qwen-VL; give one")
+    if args.teacher != "knowledge" and args.temperature <= 0 and args.max_attempts > 1:
+        raise SystemExit(f"--temperature {args.temperature}: the attempts would be equal; want more than 0; raise it or set --max_attempts 1")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and (args.teacher != "hf" or args.device_map):
+        raise SystemExit(f"torchrun with {world_size} processes: only --teacher hf without --device_map is data-parallel; run plain python")
+    if args.device_map and not importlib.util.find_spec("accelerate"):
+        raise SystemExit("--device_map auto: no accelerate in this environment; want it to place the layers; pip install accelerate")
+    return args
+
+
+# >>> shared:jsonl_io (copy of synth_data.py)
+def read_jsonl(path, required=()):
+    """Rows of a JSONL file as dicts. Errors: one line naming file, line and the missing column or broken JSON."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such file; want JSONL, one object a line; check the path or run the stage before")
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+            if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
+                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+            rows.append(row)
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
+    return rows
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all: to a temporary name first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def complete_lines(path):
+    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe."""
+    if not os.path.exists(path):
+        return []
+    data = Path(path).read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+
+
+def same_config(out, args, ignore=()):
+    """Writes {out}/config.json, or checks that an earlier run into this folder had the same settings."""
+    now = {k: v for k, v in vars(args).items() if k not in ignore}
+    path = Path(out) / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in now.items():
+            if json.loads(json.dumps(value)) != old.get(key):
+                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                                 "give another output folder or delete this one")  # fmt: skip
+    write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+# <<< shared:jsonl_io
+
+
+# >>> shared:dist (copy of train_sft.py)
+def init_dist(timeout_minutes=60):
+    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    if not dist.is_initialized():
+        where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+    return rank, world_size, device
+
+
+def print0(*message):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*message, flush=True)
+
+
+def broadcast(value):
+    """Rank 0's value (any picklable object) on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_sum(values, device):
+    """Sums a list of numbers over all ranks; every rank must call it."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+# <<< shared:dist
+
+
+# >>> shared:chat_inputs (copy of train_sft.py)
+R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+
+
+def read_samples(path):
+    """Samples of any format we know, as dicts with the same keys.
+
+    Reads our JSONL, ShareGPT JSON (messages, images), GRPO parquet (image, problem, solution) and KVG-Bench parquet
+    (question_id, question, answer, image, category). Keys: id, image (path or bytes), image_id, question, answer,
+    bbox_1000 (list of 4 ints or None), entity, category, completion (what SFT learns, or None), prompt_suffix, row.
+    Errors: one line for a missing file, an unknown format, a missing column or a box that is none.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
+        table = pq.read_table(path)
+        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        if missing := [n for n in names if n not in table.column_names]:
+            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+        rows = table.to_pylist()
+        for i, r in enumerate(rows):
+            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+    elif path.suffix == ".json":
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
+    else:
+        rows = read_jsonl(path, ("id", "images", "messages"))
+    if not rows:
+        raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
+    samples = []
+    for i, r in enumerate(rows):
+        where = f"{path}:{i + 1} ({r['id']})"
+        completion, suffix = None, ""
+        if "messages" in r:
+            if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
+                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+            user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
+            suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
+            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            image = image_id = str(path.parent / r["images"][0])
+        else:
+            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
+        box = BOX.search(r["answer"] or "")
+        bbox_1000 = [int(v) for v in box.groups()] if box else None
+        if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
+            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+        entity = REF.search(r["answer"] or "") or REF.search(r["question"])
+        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
+                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
+                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+    return samples
+
+
+def load_processors(model_path, max_pixels):
+    """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    if "<|image_pad|>" not in tokenizer.get_vocab():
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
+    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return tokenizer, image_processor
+
+
+def load_image(image):
+    """RGB picture from a path or bytes. Errors: one line for a file that is missing or broken."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            return im.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+
+
+def visual_tokens(image_processor, width, height):
+    """Number of <|image_pad|> that an image of this size takes."""
+    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+
+
+def prompt_ids(tokenizer, text, count):
+    """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
+
+
+def chat_inputs(tokenizer, image_processor, image, text):
+    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
+    image = load_image(image)
+    vision = image_processor(images=[image], return_tensors="pt")
+    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+# <<< shared:chat_inputs
+
+
+# >>> shared:answer_format (copy of train_grpo.py)
+POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
+FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
+BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
+CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
+THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+
+
+def answer_text(text, mode="r1"):
+    """Where the box is looked for, or None. `r1`: the one closed <answer> pair, not inside an open <think>.
+
+    Other modes: the whole text, or the answer block if there is one.
+    """
+    if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
+        before, rest = text.split("<answer>")
+        if "</answer>" in rest and before.count("<think>") == before.count("</think>"):
+            return rest.split("</answer>")[0]
+    return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
+
+
+def parse_bbox(text, mode="r1"):
+    """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
+
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
+    Nothing is reordered, clipped or rescaled.
+    """
+    region = answer_text(text, mode)
+    if region is None:
+        return None
+    found = {tuple(float(v) for v in re.findall(r"[0-9]+(?:\.[0-9]+)?", m[0])) for m in BOXES.finditer(region)}
+    if len(found) != 1:
+        return None
+    (box,) = found
+    if len(box) != 4 or not (box[0] < box[2] <= 1000 and box[1] < box[3] <= 1000):
+        return None
+    return [int(v) if v == int(v) else v for v in box]
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit, 0..1."""
+    inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union > 0 else 0.0
+# <<< shared:answer_format
+
+
+# >>> shared:rollout (copy of train_grpo.py)
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def vision_ids(tokenizer):
+    """Ids that are never sampled: in a completion they would be counted as image features."""
+    return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
+
+
+def uniforms(seed, count):
+    """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
+    return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
+    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+
+    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
+    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
+    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    """
+    generations = len(seeds[0])
+    chunk = max(1, batch_size // generations)
+    training = model.training
+    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
+    out = []
+    for i in range(0, len(prompts), chunk):
+        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+    model.train(training)
+    return out
+
+
+def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
+    from transformers import DynamicCache
+
+    device, generations = model.device, len(seeds[0])
+    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
+    banned = torch.tensor(vision_ids(tokenizer), device=device)
+    length = max(len(p["prompt_ids"]) for p in prompts)
+    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
+        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
+        mask[row, length - len(p["prompt_ids"]) :] = 1
+    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
+    is_image = (ids == model.config.image_token_id).int()
+    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
+    text = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
+                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+
+    # from here on one row per completion
+    cache.batch_repeat_interleave(generations)
+    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
+    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
+    rows = len(prompts) * generations
+    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = torch.from_numpy(draws).to(device)
+    tokens = torch.full((rows, max_completion_length), -1, device=device)
+    logps = torch.zeros(rows, max_completion_length, device=device)
+    active = torch.arange(rows, device=device)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
+    for t in range(max_completion_length):
+        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
+            cdf = logp.exp().cumsum(-1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+        else:
+            token = logp.argmax(-1)
+        tokens[active, t] = torch.where(done, -1, token)
+        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
+        done |= torch.isin(token, stop)
+        if t + 1 == max_completion_length or done.all():
+            break
+        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
+            keep = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position + 1
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
+                       use_cache=True).logits[:, -1]  # fmt: skip
+    finished = torch.isin(tokens, stop).any(-1).tolist()
+    tokens, logps = tokens.tolist(), logps.cpu()
+    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
+    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
+    return [out[i : i + generations] for i in range(0, rows, generations)]
+
+
+def completion_text(tokenizer, ids):
+    """Text with box and ref tokens, without the stop token."""
+    return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+# <<< shared:rollout
+
+
+# ---- chains ----
+def box_text(bbox_1000):
+    return "({},{}),({},{})".format(*bbox_1000)
+
+
+def knowledge_cot(row, knowledge):
+    """(chain, None) from the table alone, or (None, reason). Objects come in reading order: upper half first, each from the left."""
+    entities, target = row["entities"], row["entities"][row["target"]]
+    for e in entities:
+        if e["entity"] not in knowledge:
+            return None, f"unknown entity: {e['entity']}"
+    looks = {e["entity"]: knowledge[e["entity"]]["description"] for e in entities}
+    if len(set(looks.values())) < len(entities):
+        return None, "same description: two entities of the image cannot be told apart"
+    name, look, box = target["entity"], looks[target["entity"]], box_text(target["bbox_1000"])
+    ordered = sorted(entities, key=lambda e: (e["bbox_1000"][1] + e["bbox_1000"][3] > 1000, e["bbox_1000"][0] + e["bbox_1000"][2]))
+    listed = "\n".join(f"{looks[e['entity']]} {box_text(e['bbox_1000'])}" for e in ordered)
+    return (f"Planning: {name} is {look}.\nVisual Analysis:\n{listed}\n"
+            f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is at {box}."), None  # fmt: skip
+
+
+def teacher_prompt(row):
+    """What a model teacher is asked: all labels and boxes, the target's box, the paper's three notes, four headed parts."""
+    target = row["entities"][row["target"]]
+    listed = ", ".join(f"{e['entity']} {box_text(e['bbox_1000'])}" for e in row["entities"])
+    return TEACHER_PROMPT.format(listed=listed, target=target["entity"], box=box_text(target["bbox_1000"]))
+
+
+def validate(text, row, min_words=30, max_words=800):
+    """None for a chain that may be learned from, else the reason against it (what comes before a colon is counted)."""
+    target, words = row["entities"][row["target"]], len(text.split())
+    if not text:
+        return "empty"
+    if found := MARKUP.search(text):
+        return f"markup: {found[0]}"
+    heads = list(HEADINGS.finditer(text))
+    if [h[1].lower() for h in heads] != ["planning", "visual analysis", "comparison", "conclusion"] or heads[0].start() > 0:
+        return "headings: " + ", ".join(h[1] for h in heads)
+    if not min_words <= words <= max_words:
+        return f"{'too short' if words < min_words else 'too long'}: {words} words"
+    if not re.search(rf"(?<!\w){re.escape(target['entity'])}(?!\w)", text, re.I):
+        return "target not named"
+    for pattern in BETRAYALS:
+        if found := pattern.search(text):
+            return f"betrays that the answer was given: {found[0]}"
+    last = [m for m in BOXES.finditer(text) if m.start() > heads[3].start()][-1:]
+    if not last:
+        return "no final box"
+    bbox_1000 = parse_bbox(last[0][0], mode="direct")
+    if bbox_1000 is None or box_iou(bbox_1000, target["bbox_1000"]) < 0.9:
+        return f"wrong final box: {last[0][0]}"
+    return None
+
+
+def judge(response, cut, row, args):
+    """(chain, reason) of a teacher's answer; `cut` says that it ran into --max_completion_length."""
+    text = re.sub("[\u0085\u2028\u2029]", "\n", INLINE.sub("", response)).strip()  # line ends that JSON does not escape
+    return text, "cut off: ran into --max_completion_length" if cut else validate(text, row, args.min_words, args.max_words)
+
+
+# ---- data ----
+def read_composites(path):
+    """Rows of synth_data.py. Errors: one line for a missing column, a doubled id, a target or box that is none, a missing image."""
+    path = Path(path)
+    rows, seen = read_jsonl(path, ("id", "images", "entities", "target", "question", "answer")), set()
+    for r in rows:
+        where, bboxes_1000 = f"{path} ({r['id']})", [e.get("bbox_1000") or [] for e in r["entities"] if e.get("entity")]
+        if r["id"] in seen:
+            raise SystemExit(f"{where}: id occurs twice; want unique ids; rerun synth_data.py")
+        if not 0 <= r["target"] < len(r["entities"]):
+            raise SystemExit(f"{where}: target {r['target']} of {len(r['entities'])} entities; want an index; rerun synth_data.py")
+        sound = [len(b) == 4 and 0 <= b[0] < b[2] <= 1000 and 0 <= b[1] < b[3] <= 1000 for b in bboxes_1000]
+        if len(sound) < len(r["entities"]) or not all(sound):
+            raise SystemExit(f"{where}: an entity without name, or bbox_1000 not 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row")
+        if len(r["images"]) != 1 or not (path.parent / r["images"][0]).is_file():
+            raise SystemExit(f"{where}: images {r['images']}; want one file that is there, relative to {path.parent}; check the path")
+        seen.add(r["id"])
+    return rows
+
+
+def read_knowledge(path):
+    """{name: {"category", "description"}}. Errors: one line for a missing file, broken JSON or an entry without a description."""
+    want = 'want {"Name": {"category", "description"}}; mend the file or check the path'
+    if not os.path.isfile(path):
+        raise SystemExit(f"--knowledge {path}: no such file; {want}")
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise SystemExit(f"--knowledge {path}: not JSON ({e}); {want}") from None
+    if not isinstance(table, dict):
+        raise SystemExit(f"--knowledge {path}: a {type(table).__name__}; {want}")
+    for name, entry in table.items():
+        text = entry.get("description") if isinstance(entry, dict) else None
+        if not isinstance(text, str) or not text.strip() or "\n" in text:
+            raise SystemExit(f"--knowledge {path}: {name!r} has no description in one line; {want}")
+    return table
+
+
+def image_url(path, max_pixels):
+    """data: URL of an image: the file's own bytes, or a smaller PNG where it exceeds the cap."""
+    image, data = load_image(str(path)), Path(path).read_bytes()
+    kind = {b"\x89PN": "png", b"\xff\xd8\xff": "jpeg"}.get(data[:3])
+    if kind is None or image.width * image.height > max_pixels:
+        scale, buffer = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5), io.BytesIO()
+        image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale)))).save(buffer, "PNG")
+        kind, data = "png", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- teachers: rows in, save(record) for every row that is finished ----
+def record_of(row, cot, reason, attempt, response, usage):
+    """One line of a part file. A row is finished with its chain, or with the reason why it has none."""
+    out = {"id": row["id"], "cot": None if reason else cot, "reason": reason, "attempt": attempt}
+    return out | ({"response": response} if reason else {}) | usage
+
+
+def load_teacher(args, device):
+    """Model, tokenizer and image processor of a local Qwen-VL. Errors: one line for a model that is none or no Qwen-VL."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        kind = AutoConfig.from_pretrained(args.teacher_model).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"--teacher_model {args.teacher_model}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it") from None
+    if not re.fullmatch(r"qwen\w*_vl\w*", kind):
+        raise SystemExit(f"--teacher_model {args.teacher_model}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai")
+    tokenizer, image_processor = load_processors(args.teacher_model, args.max_pixels)
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(args.teacher_model, dtype=getattr(torch, dtype), device_map=args.device_map)
+    return model if args.device_map else model.to(device), tokenizer, image_processor
+
+
+def ask_local(rows, args, save, device):
+    """Batches stay full: a row whose chain was bad joins the queue again with its next attempt."""
+    if not rows:
+        return
+    model, tokenizer, image_processor = load_teacher(args, device)
+    root, queue = Path(args.samples).parent, deque((row, 1, {}) for row in rows)
+    while queue:
+        batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]
+        prompts = [chat_inputs(tokenizer, image_processor, str(root / row["images"][0]), teacher_prompt(row)) for row, _, _ in batch]
+        seeds = [[f"{args.seed}:{attempt}:{row['id']}"] for row, attempt, _ in batch]
+        groups = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size)
+        for (row, attempt, usage), prompt, [(ids, _, finished)] in zip(batch, prompts, groups, strict=True):
+            spent = {"requests": 1, "retries": 0, "prompt_tokens": len(prompt["prompt_ids"]), "completion_tokens": len(ids)}
+            usage = {k: v + usage.get(k, 0) for k, v in spent.items()}
+            response = completion_text(tokenizer, ids)
+            cot, reason = judge(response, not finished, row, args)
+            if reason and attempt < args.max_attempts:
+                queue.append((row, attempt + 1, usage))
+            else:
+                save(record_of(row, cot, reason, attempt, response, usage))
+
+
+async def ask_served(rows, args, save):
+    """Errors: ConnectionError with one line for a server that stays away or refuses us; what is saved stays saved."""
+    import openai
+
+    passing = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError,
+               openai.APIResponseValidationError, json.JSONDecodeError)  # fmt: skip
+    root, todo, answered = Path(args.samples).parent, iter(rows), Counter()
+
+    async def request(row, attempt, usage):
+        """(response, cut), or (error text, None) for a row that the server refuses or always fails on."""
+        prompt = [{"type": "image_url", "image_url": {"url": image_url(root / row["images"][0], args.max_pixels)}},
+                  {"type": "text", "text": teacher_prompt(row)}]  # fmt: skip
+        seed = int(hashlib.sha256(f"{args.seed}:{attempt}:{row['id']}".encode()).hexdigest()[:7], 16)
+        before = answered["requests"]
+        for retry in range(args.max_retries + 1):
+            usage["requests"] += 1
+            try:
+                reply = await client.chat.completions.create(
+                    model=args.teacher_model, messages=[{"role": "user", "content": prompt}], temperature=args.temperature,
+                    max_tokens=args.max_completion_length, seed=seed)  # fmt: skip
+                answered["requests"] += 1
+                for key in ("prompt_tokens", "completion_tokens"):
+                    if tokens := getattr(getattr(reply, "usage", None), key, None):
+                        usage[key] = usage.get(key, 0) + tokens
+                choices = getattr(reply, "choices", None)  # a proxy may answer with a page of its own, which the client hands on as text
+                content = (choices[0].message.content if choices else None) or ""
+                return content.encode("utf-8", "replace").decode(), bool(choices) and choices[0].finish_reason == "length"
+            except passing as e:
+                if getattr(e, "code", None) == "insufficient_quota" or retry == args.max_retries:
+                    if answered["requests"] > before and not isinstance(e, openai.RateLimitError):
+                        return f"{type(e).__name__}: {e}"[:500], None  # the server works for others: it is this row
+                    raise ConnectionError(f"{args.base_url}: {retry + 1} requests failed, last {type(e).__name__} ({e}); want a server that "
+                                          "answers; start or mend it, then the same command continues") from None  # fmt: skip
+                wait = min(60.0, 2.0**retry) * random.uniform(0.5, 1.5)  # jitter: or all workers come back at once
+                after = getattr(getattr(e, "response", None), "headers", {}).get("retry-after", "")
+                wait = min(600.0, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
+                usage["retries"] += 1
+                if retry == 2:
+                    print(f"{args.base_url}: {type(e).__name__} ({e}); still trying", file=sys.stderr)
+                await asyncio.sleep(wait)
+            except openai.APIStatusError as e:
+                if e.status_code in (400, 413, 422):  # this row, not the server: too long, or refused by its content rules
+                    return str(e)[:500], None
+                raise ConnectionError(f"{args.base_url}: {type(e).__name__} ({e}); want --base_url, --teacher_model and OPENAI_API_KEY "
+                                      "that fit the server; mend them, then the same command continues") from None  # fmt: skip
+
+    async def worker():
+        for row in todo:  # all workers draw from one iterator
+            usage = {"requests": 0, "retries": 0}
+            for attempt in range(1, args.max_attempts + 1):
+                response, cut = await request(row, attempt, usage)
+                cot, reason = ("", "refused by the server") if cut is None else judge(response, cut, row, args)
+                if reason is None or cut is None:
+                    break
+            save(record_of(row, cot, reason, attempt, response, usage))
+
+    key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
+    async with openai.AsyncOpenAI(base_url=args.base_url, api_key=key, timeout=args.request_timeout, max_retries=0) as client:
+        workers = [asyncio.ensure_future(worker()) for _ in range(min(args.concurrency, len(rows)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for w in workers:
+                w.cancel()
+
+
+def merge(rows, args, out, seconds):
+    """Writes samples.jsonl, rejected.jsonl and stats.json from the part files, in the order of the input. Returns stats."""
+    records = {r["id"]: r for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    kept, rejected = [], []
+    for row in rows:
+        r = records[row["id"]]
+        if r["reason"]:
+            rejected.append({"id": r["id"], "reason": r["reason"], "attempts": r["attempt"], "response": r["response"]})
+            continue
+        messages = [{"role": "user", "content": "<image>" + row["question"] + R1_SUFFIX},
+                    {"role": "assistant", "content": f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"}]  # fmt: skip
+        images = [Path(os.path.relpath(Path(args.samples).parent.resolve() / i, out.resolve())).as_posix() for i in row["images"]]
+        teacher = {"backend": args.teacher, "model": args.teacher_model or Path(args.knowledge).name, "attempt": r["attempt"]}
+        kept.append(row | {"images": images, "messages": messages, "cot": r["cot"], "teacher": teacher})
+    stats = {"rows": len(rows), "kept": len(kept), "rejected": dict(Counter(r["reason"].split(":")[0] for r in rejected).most_common()),
+             "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
+             "words": round(sum(len(r["cot"].split()) for r in kept) / max(1, len(kept)), 1)}  # fmt: skip
+    for key in ("requests", "retries", "prompt_tokens", "completion_tokens"):
+        told = [records[row["id"]][key] for row in rows if key in records[row["id"]]]
+        stats[key] = sum(told) if told else None
+    for name, lines in (("rejected.jsonl", rejected), ("samples.jsonl", kept)):
+        if lines or name != "samples.jsonl":  # the next stage wants rows or no file
+            write_text(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(out / "stats.json", json.dumps(stats | {"seconds": round(seconds, 1)}, indent=1, ensure_ascii=False) + "\n")
+    return stats
+
+
+def main():
+    args, start = parse_args(), time.time()
+    out, rows = Path(args.out), read_composites(args.samples)
+    if (out / "samples.jsonl").resolve() == Path(args.samples).resolve():
+        raise SystemExit(f"--out {out}: holds --samples itself; want another folder, or the input would be overwritten; give one")
+    table = read_knowledge(args.knowledge) if args.teacher == "knowledge" else None
+    inputs = {"samples_sha": args.samples} | ({"knowledge_sha": args.knowledge} if table else {})  # the same path may hold another file
+    inputs = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in inputs.items()}
+    rank, world_size, device = init_dist(timeout_minutes=7 * 24 * 60) if args.teacher == "hf" else (0, 1, None)
+    done = None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        free = ("samples", "knowledge", "out", "batch_size", "device_map", "base_url", "concurrency", "request_timeout", "max_retries")
+        same_config(out, argparse.Namespace(**vars(args), **inputs), ignore=free)
+        done = {r["id"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    done = broadcast(done) if world_size > 1 else done
+    todo = [row for row in rows if row["id"] not in done]
+    print0(f"gen_cot: {len(rows)} rows, {len(rows) - len(todo)} of them done before, teacher {args.teacher}, {world_size} processes")
+
+    mine = todo[rank::world_size]
+    bar = tqdm(total=len(mine), disable=not sys.stderr.isatty(), desc="cot")
+    with open(out / f"part-{rank:05d}.jsonl", "a", encoding="utf-8") as f:
+
+        def save(record):
+            f.write(json.dumps(record) + "\n")  # ASCII: an answer may hold U+2028, at which str.splitlines cuts a line
+            f.flush()
+            bar.update()
+
+        if args.teacher == "knowledge":
+            for row in mine:
+                save(record_of(row, *knowledge_cot(row, table), 1, "", {}))
+        elif args.teacher == "hf":
+            ask_local(mine, args, save, device)
+        elif mine:
+            try:
+                asyncio.run(ask_served(mine, args, save))
+            except ConnectionError as e:
+                raise SystemExit(str(e)) from None
+    bar.close()
+    if args.teacher == "hf":
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    stats = merge(rows, args, out, time.time() - start)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].items())
+    if not stats["kept"]:
+        raise SystemExit(f"{out}: 0 of {len(rows)} chains kept ({reasons}); want a teacher that keeps to the format; read "
+                         f"{out / 'rejected.jsonl'}, then use another teacher and --out")  # fmt: skip
+    print(f"gen_cot: {stats['kept']} kept, {len(rows) - stats['kept']} rejected{f' ({reasons})' if reasons else ''}, "
+          f"{time.time() - start:.1f} s -> {out / 'samples.jsonl'}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

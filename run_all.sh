@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The whole pipeline: set-up, data, both training stages, evaluation.
+#
+#   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 10 min on 2 CPU cores
+#   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=hf:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
+#                                   the paper's recipe on every GPU of this node; TEACHER is knowledge:FILE, hf:MODEL or openai:MODEL
+#   bash run_all.sh test | setup    the tests | the environment alone
+#
+# FROM=train_grpo  forgets this stage and all after it, and runs them again; without it a finished stage is not run again and
+#                  a killed one continues.        RUN=runs/name  another run folder      SEED=1  another seed
+# PYTHON=python    uses the environment at hand and makes none
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host  multi-node; the run folder must be on a file system that all nodes share
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+setup() {
+  if [ -n "${PYTHON:-}" ]; then PY=$PYTHON; return; fi
+  PY=.venv/bin/python
+  cmp -s requirements.txt .venv/installed.txt && return
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 is $(python3 -V); want 3.10 or newer" >&2; exit 1; }
+  echo "== setup: .venv from requirements.txt"
+  python3 -m venv .venv
+  $PY -m pip install -q "$(grep '^torch==' requirements.txt)" setuptools wheel
+  DS_BUILD_OPS=0 $PY -m pip install -q -r requirements.txt
+  if command -v nvidia-smi >/dev/null; then
+    $PY -m pip install -q flash-attn --no-build-isolation || echo "flash-attn could not be installed; SDPA attention is used"
+  fi
+  cp requirements.txt .venv/installed.txt
+}
+
+stage() { # name, command ...: runs it once; its output folder is $RUN/name
+  local name=$1 began=$SECONDS; shift
+  [ -e "$RUN/.done/$name" ] && return
+  if [ "$NODE_RANK" != 0 ] && [ "$1" != torchrun ]; then # work of one process: node 0 does it
+    while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done; return
+  fi
+  echo; echo "== $name"
+  if [ "$1" = torchrun ]; then
+    shift; "$PY" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+      --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
+  else
+    "$@"
+  fi
+  [ "$NODE_RANK" != 0 ] || echo $((SECONDS - began)) > "$RUN/.done/$name"
+}
+
+setup
+case "${1:-all}" in
+  setup) exit ;;
+  test) exec "$PY" -m pytest -q tests ;;
+  all) ;;
+  *) echo "usage: bash run_all.sh [setup|test]" >&2; exit 2 ;;
+esac
+
+# ---- where, with what ----
+SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+if [ -z "${MODEL:-}" ]; then # the toy world
+  RUN=${RUN:-runs/toy} RUNNER=$PY NPROC=1 MODEL=tests/toy/base DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet
+  TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
+  SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
+  N_SFT=2400 N_GRPO=400 BATCH=32 LENGTH=320
+  SFT="--learning_rate 1e-3 --train_batch_size 32 --per_device_train_batch_size 32 --save_steps 25"
+  GRPO="--learning_rate 2e-4 --train_batch_size 16 --num_generations 8 --max_completion_length $LENGTH --max_steps 30 --save_steps 10"
+else # the paper's recipe
+  : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge:FILE, hf:MODEL or openai:MODEL}"
+  NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+  RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
+  SFT="" GRPO="--max_completion_length 512"
+fi
+mkdir -p "$RUN/.done"
+STAGES="world synth_sft gen_cot filter_cot train_sft train_cot_sft synth_grpo filter_grpo train_grpo eval_base eval_sft eval_cot_sft eval_grpo"
+if [ -n "${FROM:-}" ]; then
+  case " $STAGES " in *" $FROM "*) ;; *) echo "FROM=$FROM: no such stage; want one of: $STAGES" >&2; exit 2 ;; esac
+  for name in $(echo "$STAGES" | sed "s/.*\b$FROM\b/$FROM/"); do rm -rf "${RUN:?}/$name" "$RUN/.done/$name"; done
+fi
+
+# ---- the stages ----
+TEACHER_FLAGS="--teacher ${TEACHER%%:*}"
+if [ "${TEACHER%%:*}" = knowledge ]; then TEACHER_FLAGS+=" --knowledge ${TEACHER#*:}"; else TEACHER_FLAGS+=" --teacher_model ${TEACHER#*:}"; fi
+TEACHER_RUNNER=$PY; [ "${TEACHER%%:*}" != hf ] || TEACHER_RUNNER=$RUNNER
+
+[ "$MODEL" != tests/toy/base ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
+stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH
+stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS
+stage filter_cot "$PY" filter.py --stage cot --samples "$RUN/gen_cot/samples.jsonl" --out "$RUN/filter_cot"
+for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
+  name=train_sft; [ $target = direct ] || name=train_cot_sft
+  stage $name $RUNNER train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/$name" --seed "$SEED" $SFT
+done
+# stage 2 learns from composites that stage 1 has not seen
+stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH
+stage filter_grpo $RUNNER filter.py --stage grpo --model "$RUN/train_cot_sft/final" --samples "$RUN/synth_grpo/samples.jsonl" \
+  --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED"
+stage train_grpo $RUNNER train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" \
+  --seed "$SEED" $GRPO
+for name in base sft cot_sft grpo; do
+  model=$RUN/train_$name/final prompt=r1
+  case $name in base) model=$MODEL prompt=direct ;; sft) prompt=direct ;; esac
+  stage eval_$name $RUNNER eval_kvg.py --bench "$BENCH" --model "$model" --out "$RUN/eval_$name" --prompt $prompt --seen $SEEN \
+    --max_completion_length "$LENGTH" --seed "$SEED"
+done
+[ "$NODE_RANK" = 0 ] || exit 0
+"$PY" eval_kvg.py --summary "$RUN" --seed "$SEED"

@@ -1,0 +1,155 @@
+"""Composition: boxes are exact, draws depend on (seed, index) alone, bad sources are named and counted."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import synth_data as s
+import toy_world
+from conftest import SCENE_FLAGS, run_script
+from PIL import Image
+
+
+def settings(**changes):
+    base = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pixels=401408, background="white", entity_scale=(1.0, 1.0),
+                gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
+    return SimpleNamespace(**(base | changes))
+
+
+def marked(width, height, box, color):
+    """Black image with one coloured rectangle at `box`."""
+    image = Image.new("RGB", (width, height))
+    image.paste(color, box)
+    return image
+
+
+@pytest.mark.parametrize("layout", s.LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}])
+def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
+    """Each source has its box painted in a colour of its own; in the composite that colour fills the remapped box and nothing else."""
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
+    rng = random.Random(f"{layout}{options}")
+    for _ in range(5):
+        images, boxes = [], []
+        for color in colors:
+            w, h = rng.randint(80, 300), rng.randint(80, 300)
+            x1, y1 = rng.randint(0, w // 2), rng.randint(0, h // 2)
+            boxes.append((x1, y1, rng.randint(x1 + 30, w), rng.randint(y1 + 30, h)))
+            images.append(marked(w, h, boxes[-1], color))
+        canvas, placed, name = s.compose(images, boxes, rng, settings(layouts=[layout], **options))
+        assert name == layout
+        pixels = np.asarray(canvas).astype(int)
+        for color, box in zip(colors, placed, strict=True):
+            rows, cols = np.nonzero(np.abs(pixels - color).sum(-1) < 120)
+            assert np.allclose([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1], box, atol=1.6), (color, box)
+
+
+@pytest.mark.parametrize("layout", s.LAYOUTS)
+def test_tiles_never_overlap_and_the_pixel_cap_holds(layout):
+    rng = random.Random(0)
+    for k in range(2, 7):
+        images = [Image.new("RGB", (rng.randint(50, 400), rng.randint(50, 400))) for _ in range(k)]
+        whole = [(0, 0, *im.size) for im in images]
+        canvas, placed, _ = s.compose(images, whole, rng, settings(layouts=[layout], tile_px=448, gap_px=(0, 10)))
+        assert canvas.width * canvas.height <= 401408
+        for i, a in enumerate(placed):
+            assert 0 <= a[0] < a[2] <= canvas.width + 1e-6 and 0 <= a[1] < a[3] <= canvas.height + 1e-6
+            for b in placed[:i]:
+                assert a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
+
+
+def test_boxes_on_the_1000_grid_are_within_one_cell_and_never_empty():
+    rng = random.Random(0)
+    for _ in range(500):
+        w, h = rng.randint(20, 3000), rng.randint(20, 3000)
+        x1, y1 = rng.uniform(0, w - 1), rng.uniform(0, h - 1)
+        box = (x1, y1, rng.uniform(x1, w), rng.uniform(y1, h))
+        n = s.to_1000(box, w, h)
+        assert 0 <= n[0] < n[2] <= 1000 and 0 <= n[1] < n[3] <= 1000
+        assert all(abs(v * size / 1000 - p) <= 1.01 * size / 1000 for v, p, size in zip(n, box, (w, h, w, h), strict=True))
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_rows_keep_the_contract(synth_dir):
+    rows = read(synth_dir)
+    assert len(rows) == 12 and len({r["id"] for r in rows}) == 12
+    for r in rows:
+        names = [e["entity"] for e in r["entities"]]
+        assert 2 <= len(names) <= 6 and len(set(names)) == len(names)
+        assert {toy_world.ENTITIES[n][0] for n in names} == {r["category"]}
+        target = r["entities"][r["target"]]
+        assert r["question"] == s.QUESTION.format(target["entity"]) and r["answer"] == s.ANSWER.format(target["entity"], *target["bbox_1000"])
+        assert r["messages"][0]["content"] == "<image>" + r["question"] and r["messages"][1]["content"] == r["answer"]
+        assert Image.open(synth_dir / r["images"][0]).size == (r["width"], r["height"])
+    assert (synth_dir / "preview.png").exists() and json.loads((synth_dir / "stats.json").read_text())["rows"] == 12
+
+
+def test_output_does_not_depend_on_workers_or_interruption(world_dir, synth_dir, tmp_path):
+    flags = ["--source", world_dir / "train", "--num_samples", 12, *SCENE_FLAGS]
+    run_script("synth_data.py", "--out", tmp_path / "two", *flags[:-1], 2)
+    assert (tmp_path / "two" / "samples.jsonl").read_bytes() == (synth_dir / "samples.jsonl").read_bytes()
+    lines = (synth_dir / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "two" / "samples.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:50])
+    run_script("synth_data.py", "--out", tmp_path / "two", *flags)
+    assert (tmp_path / "two" / "samples.jsonl").read_bytes() == (synth_dir / "samples.jsonl").read_bytes()
+    for image in (synth_dir / "images").iterdir():
+        assert (tmp_path / "two" / "images" / image.name).read_bytes() == image.read_bytes()
+    other = run_script("synth_data.py", "--out", tmp_path / "two", *flags, "--seed", 1, check=False)
+    assert other.returncode != 0 and "--seed was 0, now 1" in other.stderr
+
+
+def test_held_out_entities_never_occur(world_dir, tmp_path):
+    run_script("synth_data.py", "--source", world_dir / "train", "--out", tmp_path, "--num_samples", 20, "--holdout_entities", 0.3, *SCENE_FLAGS)
+    held = {e.split("/")[1] for e in json.loads((tmp_path / "stats.json").read_text())["held_out_entities"]}
+    assert len(held) == 18 and not held & {e["entity"] for r in read(tmp_path) for e in r["entities"]}
+
+
+@pytest.fixture
+def small_source(tmp_path):
+    """Two entities of one category with four images each."""
+    source, boxes = tmp_path / "source", []
+    for name in ("a", "b"):
+        (source / "cat" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (40, 30), (i * 50, 0, 0)).save(source / "cat" / name / f"{i}.png")
+            boxes.append({"image": f"cat/{name}/{i}.png", "bbox_px": [1, 1, 30, 20]})
+    (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
+    return source
+
+
+def synth(source, out, *flags):
+    return run_script("synth_data.py", "--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, *flags, check=False)
+
+
+def test_a_corrupt_image_is_named_and_skipped_only_if_allowed(small_source, tmp_path):
+    (small_source / "cat" / "a" / "2.png").write_bytes(b"not an image")
+    stopped = synth(small_source, tmp_path / "out")
+    assert stopped.returncode != 0 and "a/2.png: unreadable" in stopped.stderr and "Traceback" not in stopped.stderr
+    done = synth(small_source, tmp_path / "out2", "--max_bad_images", 1)
+    assert done.returncode == 0 and len(read(tmp_path / "out2")) == 8
+    assert len(json.loads((tmp_path / "out2" / "stats.json").read_text())["bad_images"]) == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: (d / "boxes.jsonl").unlink(), "no boxes"),
+    (lambda d: (d / "boxes.jsonl").write_text('{"image": "cat/a/0.png"}\n'), "boxes.jsonl:1: no column 'bbox_px'"),
+    (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: not JSON"),
+    (lambda d: (d / "boxes.jsonl").write_text((d / "boxes.jsonl").read_text().replace("30, 20", "300, 20")), "does not lie in the 40x30 image"),
+    (lambda d: [p.unlink() for p in d.glob("*/*/*.png")], "no images"),
+    (lambda d: [p.unlink() for p in d.glob("cat/b/*.png")], "no category with 2 entities"),
+])  # fmt: skip
+def test_a_bad_source_gets_one_clear_line(change, message, small_source, tmp_path):
+    change(small_source)
+    done = synth(small_source, tmp_path / "out")
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_source_and_bad_flags_get_one_clear_line(tmp_path):
+    for flags, message in ((("--source", "nowhere"), "nowhere: no such file"), (("--source", ".", "--min_entities", "1"), "2 <= --min_entities")):
+        done = run_script("synth_data.py", *flags, "--out", tmp_path / "o", check=False)
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

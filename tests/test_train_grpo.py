@@ -1,0 +1,307 @@
+"""GRPO: rewards, parser, advantages, loss against plain Python, rollout against generate, trainer log-probs, runs and ranks."""
+
+import json
+import math
+import random
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train_grpo as g
+from conftest import run_script
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+BOX = "<|box_start|>(10,20),(300,400)<|box_end|>"
+GOOD = f"<think>it is red</think> <answer><|object_ref_start|>X<|object_ref_end|>{BOX}</answer>"
+SAMPLE = {"bbox_1000": [10, 20, 300, 400]}
+
+
+def arguments(**changes):
+    base = dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type="grpo", max_completion_length=16, iou_threshold=0.8, temperature=1.0,
+                reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group", num_generations=4, seed=0, rollout_batch_size=64)  # fmt: skip
+    return SimpleNamespace(**(base | changes))
+
+
+# ---- parser and rewards ----
+@pytest.mark.parametrize("text, want", [
+    ("<answer>(1,2),(3,4)</answer>", [1, 2, 3, 4]),
+    ("<answer>(1,2,3,4)</answer>", [1, 2, 3, 4]),
+    ("<answer>[1, 2,\n3, 4]</answer>", [1, 2, 3, 4]),
+    ("<answer>[[1,2,3,4]]</answer>", [1, 2, 3, 4]),
+    ('<answer>```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "x"}]```</answer>', [1, 2, 3, 4]),
+    ("<answer>(1.5,2),(3,4.25)</answer>", [1.5, 2, 3, 4.25]),
+    ("<answer>(1,2),(3,4) and again (1,2),(3,4)</answer>", [1, 2, 3, 4]),
+    ("<answer>(1,2),(3,4) or (5,6),(7,8)</answer>", None),
+    ("<answer>(1,2),(3,4),(5,6)</answer>", None),
+    ("<answer>(3,2),(1,4)</answer>", None),
+    ("<answer>(1,2),(3,2)</answer>", None),
+    ("<answer>(1,2),(3,1001)</answer>", None),
+    ("<answer>(-1,2),(3,4)</answer>", None),
+    ("<answer>1, 2, 3, 4</answer>", None),
+    ("<answer>(1,2),(3,4)", None),
+    ("<answer>(1,2),(3,4)</answer><answer>(1,2),(3,4)</answer>", None),
+    ("<think><answer>(1,2),(3,4)</answer></think>", None),
+    ("<think>(1,2),(3,4)</think> <answer>none</answer>", None),
+    ("</answer>(1,2),(3,4)<answer>", None),
+    ("<answer>(١,٢),(٣,٤)</answer>", None),
+    ("(1,2),(3,4)", None),
+    ("", None),
+])  # fmt: skip
+def test_parser_takes_the_one_box_of_the_one_answer(text, want):
+    assert g.parse_bbox(text) == want
+
+
+def test_other_modes_read_the_whole_text_or_the_answer_block():
+    assert g.parse_bbox("it is at (1,2),(3,4).", "direct") == [1, 2, 3, 4]
+    assert g.parse_bbox("(5,6),(7,8) <answer>(1,2),(3,4)</answer>", "cot") == [1, 2, 3, 4]
+    assert g.parse_bbox("in 1999 (about 20) of them", "direct") is None
+
+
+def test_both_halves_of_the_format_reward_are_paid():
+    """The released trainer never pays the box half: its matcher returns i + 2 and the reward asks for 1."""
+    assert g.format_reward(GOOD, SAMPLE, None) == 1.0
+    assert g.format_reward(GOOD.replace(BOX, "[10, 20, 300, 400]"), SAMPLE, None) == 0.5
+    assert g.format_reward(GOOD.replace("<think>", "").replace("</think>", ""), SAMPLE, None) == 0.5
+    assert g.format_reward("so: " + GOOD + " bye", SAMPLE, None) == 0.5
+    assert g.format_reward(GOOD.replace("<think>", "<think><think>"), SAMPLE, None) <= 0.5
+    assert g.format_reward("none", SAMPLE, None) == 0.0
+
+
+def test_rewards_by_name():
+    near = GOOD.replace("300,400", "290,380")
+    iou = g.box_iou([10, 20, 290, 380], [10, 20, 300, 400])
+    assert 0.8 < iou < 1
+    args = arguments(iou_threshold=0.8)
+    assert [g.REWARDS[n](near, SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [iou, iou, 1.0]
+    args = arguments(iou_threshold=0.95)
+    assert [g.REWARDS[n](near, SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [0.0, iou, 0.0]
+    assert [g.REWARDS[n]("no box", SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [0.0] * 3
+
+
+def test_iou_equals_a_pixel_count():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ([x1 := rng.randint(0, 18), y1 := rng.randint(0, 18), rng.randint(x1 + 1, 20), rng.randint(y1 + 1, 20)] for _ in range(2))
+        pixels = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
+        assert math.isclose(g.box_iou(a, b), len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1]))
+
+
+# ---- advantages and loss ----
+def test_advantages():
+    r = [1.0, 0.0, 0.0, 0.0]
+    assert g.group_advantages(r, "none") == [0.75, -0.25, -0.25, -0.25]
+    assert g.group_advantages(r, "loo") == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
+    assert g.group_advantages(r, "group") == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-3)
+    for scale in ("group", "none", "loo"):
+        assert g.group_advantages([0.3] * 4, scale) == [0.0] * 4
+
+
+def plain_loss(logps, old, ref, advantages, lengths, args):
+    """The loss of one group by loops over numbers."""
+    total, tokens = 0.0, sum(lengths)
+    for i, n in enumerate(lengths):
+        row = 0.0
+        for t in range(n):
+            ratio = math.exp(logps[i][t] - old[i][t])
+            clipped = min(max(ratio, 1 - args.epsilon), 1 + args.epsilon_high)
+            row += -min(ratio * advantages[i], clipped * advantages[i])
+            if args.beta:
+                d = ref[i][t] - logps[i][t]
+                row += args.beta * (math.exp(d) - d - 1)
+        total += {"grpo": row / n / len(lengths), "dapo": row / tokens, "dr_grpo": row / (len(lengths) * args.max_completion_length)}[args.loss_type]
+    return total
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_loss_equals_a_plain_loop(loss_type, beta):
+    torch.manual_seed(0)
+    args, lengths = arguments(loss_type=loss_type, beta=beta, epsilon_high=0.28), [5, 2, 7, 1]
+    logps, old, ref = (-torch.rand(4, 7, dtype=torch.float64) * 2 for _ in range(3))
+    mask = torch.tensor([[t < n for t in range(7)] for n in lengths]).long()
+    advantages = torch.tensor([1.2, -0.7, 0.4, -0.9], dtype=torch.float64)
+    loss, logged = g.grpo_loss(logps, old, ref if beta else None, advantages, mask, args, 4, sum(lengths))
+    assert loss.item() == pytest.approx(plain_loss(logps.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths, args), abs=1e-12)
+    assert logged["clip"] > 0 and (logged["kl"] > 0) == (beta > 0)
+
+
+def test_positive_advantage_raises_the_log_prob_and_padding_gets_no_gradient():
+    logps = torch.zeros(2, 3, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    loss, _ = g.grpo_loss(logps, logps.detach(), None, torch.tensor([1.0, -1.0]), mask, arguments(), 2, 3)
+    loss.backward()
+    assert (logps.grad[0, :2] < 0).all() and logps.grad[1, 0] > 0
+    assert (logps.grad[mask == 0] == 0).all()
+
+
+def test_kl_is_zero_at_equality_and_never_negative():
+    logps = torch.randn(3, 5)
+    mask = torch.ones(3, 5)
+    zero = g.grpo_loss(logps, logps, logps, torch.zeros(3), mask, arguments(beta=1.0), 3, 15)
+    assert zero[0].item() == 0 and zero[1]["kl"] == 0
+    assert g.grpo_loss(logps, logps, logps + torch.randn(3, 5), torch.zeros(3), mask, arguments(beta=1.0), 3, 15)[1]["kl"] > 0
+
+
+# ---- rollout ----
+@pytest.fixture(scope="module")
+def parts(tiny_dir, synth_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    image_processor = AutoImageProcessor.from_pretrained(tiny_dir, backend="pil")
+    model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir, dtype=torch.float32)
+    with torch.no_grad():  # a random model's logits are nearly flat; sharper ones make greedy choices clear
+        model.model.language_model.norm.weight.mul_(3)
+    samples = g.read_samples(synth_dir / "samples.jsonl")[:5]
+    texts = [s["question"] + " please" * i for i, s in enumerate(samples)]  # prompts of different length
+    prompts = [g.chat_inputs(tokenizer, image_processor, s["image"], t) for s, t in zip(samples, texts, strict=True)]
+    return model, tokenizer, image_processor, samples, prompts
+
+
+def test_greedy_rollout_equals_generate(parts):
+    model, tokenizer, _, _, prompts = parts
+    ours = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 24, 0.0, 64)
+    banned = [[tokenizer.convert_tokens_to_ids(t)] for t in g.VISION_TOKENS]
+    for p, [(ids, _, _)] in zip(prompts, ours, strict=True):
+        model.model.rope_deltas = None
+        x = torch.tensor([p["prompt_ids"]])
+        out = model.generate(input_ids=x, attention_mask=torch.ones_like(x), mm_token_type_ids=(x == model.config.image_token_id).int(),
+                             pixel_values=p["pixel_values"], image_grid_thw=p["image_grid_thw"], max_new_tokens=24, do_sample=False, bad_words_ids=banned,
+                             eos_token_id=[tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")])  # fmt: skip
+        assert out[0, x.shape[1] :].tolist() == ids
+
+
+def test_a_completion_depends_on_its_seed_alone(parts):
+    """Not on the batch, its order, the other completions, or on rows that finish earlier and are left behind."""
+    model, tokenizer, _, _, prompts = parts
+    seeds = [[f"{i}:{j}" for j in range(3)] for i in range(len(prompts))]
+    together = g.rollout(model, tokenizer, prompts, seeds, 40, 1.0, 64)
+    reversed_ = g.rollout(model, tokenizer, prompts[::-1], seeds[::-1], 40, 1.0, 64)[::-1]
+    alone = [g.rollout(model, tokenizer, [p], [s], 40, 1.0, 64)[0] for p, s in zip(prompts, seeds, strict=True)]
+    ids = [[[c[0] for c in group] for group in rolled] for rolled in (together, reversed_, alone)]
+    assert ids[0] == ids[1] == ids[2]
+    assert len({tuple(c) for group in ids[0] for c in group}) == 15, "different seeds give different completions"
+    assert any(len(c) < 40 for group in ids[0] for c in group), "some rows stop early"
+
+
+def test_vision_tokens_are_never_sampled_even_by_a_model_that_wants_them(parts):
+    model, tokenizer, _, _, prompts = parts
+    wanted = {tokenizer.convert_tokens_to_ids(t) for t in g.VISION_TOKENS}
+    embedding = model.lm_head.weight
+    saved = embedding.detach().clone()
+    with torch.no_grad():
+        embedding[list(wanted)] *= 50
+    rolled = g.rollout(model, tokenizer, prompts, [["a", "b"]] * len(prompts), 16, 1.0, 64)
+    with torch.no_grad():
+        embedding.copy_(saved)
+    assert not wanted & {i for group in rolled for ids, _, _ in group for i in ids}
+
+
+def test_rollout_keeps_its_cache_in_train_mode_with_checkpointing(parts):
+    """transformers drops the cache in train mode with gradient checkpointing and goes on with one token: garbage, one warning."""
+    model, tokenizer, _, _, prompts = parts
+    want = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 12, 0.0, 64)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    got = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 12, 0.0, 64)
+    assert model.training
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert [c[0][0] for c in got] == [c[0][0] for c in want]
+
+
+def test_trainer_log_probs_equal_the_samplers(parts):
+    model, tokenizer, image_processor, samples, _ = parts
+    args = arguments(temperature=0.7, max_completion_length=20)
+    for group in g.roll_out_step(model, tokenizer, image_processor, samples, 1, args):
+        logps, mask = g.completion_logps(model, tokenizer, group, args.temperature)
+        assert ((logps - g.padded(group.old_logps, logps)).abs() * mask).max() < 1e-5
+        assert mask.sum(1).tolist() == [len(ids) for ids in group.completion_ids]
+
+
+def test_sampling_follows_the_distribution(parts):
+    """The first token of 4,000 completions against its softmax: total variation below 4 %."""
+    model, tokenizer, _, _, prompts = parts
+    rolled = g.rollout(model, tokenizer, prompts[:1], [[str(i) for i in range(4000)]], 1, 1.0, 4000)[0]
+    count = torch.bincount(torch.tensor([ids[0] for ids, _, _ in rolled]), minlength=len(tokenizer)) / 4000
+    p = prompts[0]
+    x = torch.tensor([p["prompt_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=x, mm_token_type_ids=(x == model.config.image_token_id).int(), pixel_values=p["pixel_values"],
+                       image_grid_thw=p["image_grid_thw"]).logits[:, -1]  # fmt: skip
+    logits[..., g.vision_ids(tokenizer)] = float("-inf")
+    exact = torch.softmax(logits, -1)[0]
+    expected = (2 * exact * (1 - exact) / (math.pi * 4000)).sqrt().sum() / 2  # mean total variation of a true sample
+    assert (count - exact).abs().sum() / 2 < 1.3 * expected
+
+
+# ---- the script ----
+def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
+    """Four steps with a reward that a random model can earn."""
+    return run_script("tests/grpo_letters.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 4, "--train_batch_size", 4,
+                      "--num_generations", 3, "--max_completion_length", 12, "--learning_rate", 1e-3, "--reward_funcs", "letters", "--save_steps", 2,
+                      *flags, launcher=launcher, check=check)  # fmt: skip
+
+
+def rows(path):
+    """Metrics without the times, which differ between runs."""
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_dir, synth_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("grpo") / "run"
+    train(out, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2)
+    return out
+
+
+def test_smoke_run_writes_everything(run_dir):
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert all(m["grad_norm"] > 0 and m["sampling/logp_diff"] < 1e-5 for m in metrics)
+    assert {"reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "completions/mean_length", "kl", "clip_ratio/region_mean",
+            "parse_rate", "num_tokens", "learning_rate"} <= set(metrics[-1])  # fmt: skip
+    assert metrics[-1]["kl"] > 0
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples[0]["completions"]) == 3
+    assert (run_dir / "curves.png").stat().st_size > 1000 and (run_dir / "config.json").exists()
+    Qwen2VLForConditionalGeneration.from_pretrained(run_dir / "final")
+
+
+def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_path):
+    """Killed after step 2 and a half-written line: the same metrics and the same weights at the end."""
+    out = tmp_path / "run"
+    shutil.copytree(run_dir, out)
+    shutil.rmtree(out / "final")
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    train(out, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2)
+    assert rows(out / "metrics.jsonl") == rows(run_dir / "metrics.jsonl")
+    assert (out / "samples.jsonl").read_text() == (run_dir / "samples.jsonl").read_text()
+    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (out, run_dir))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_two_ranks_draw_and_learn_the_same_as_one(run_dir, tiny_dir, synth_dir, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2, launcher=launcher)
+    for ours, theirs in zip(rows(tmp_path / "metrics.jsonl"), rows(run_dir / "metrics.jsonl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (tmp_path, run_dir))
+    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--num_generations", 1), "a group of one has no advantage"),
+    (("--temperature", 0), "greedy completions"),
+    (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line(flags, message, tiny_dir, synth_dir, tmp_path):
+    done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", *flags, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_setting_in_the_same_folder_is_refused(run_dir, tiny_dir, synth_dir):
+    done = train(run_dir, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.5, "--num_iterations", 2, check=False)
+    assert done.returncode != 0 and "--beta was 0.04, now 0.5" in done.stderr

@@ -1,0 +1,165 @@
+"""SFT: the loss against plain Python, resume, ranks, formats, and what a finished checkpoint gives back."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+import train_sft as t
+from conftest import run_script
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+
+def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
+    return run_script("train_sft.py", "--model", model, "--data", data, "--output_dir", out, "--target", "direct", "--max_steps", 4,
+                      "--train_batch_size", 4, "--per_device_train_batch_size", 2, "--learning_rate", 1e-3, "--save_steps", 2, *flags,
+                      launcher=launcher, check=check)  # fmt: skip
+
+
+def rows(path):
+    """Metrics without the times, which differ between runs."""
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_dir, synth_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sft") / "run"
+    train(out, tiny_dir, synth_dir / "samples.jsonl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_dir, synth_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    image_processor = AutoImageProcessor.from_pretrained(tiny_dir, backend="pil")
+    return Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir), tokenizer, image_processor, t.read_samples(synth_dir / "samples.jsonl")
+
+
+def batch_of(parts, samples):
+    _, tokenizer, image_processor, _ = parts
+    rows = [t.encode_row(s, tokenizer, image_processor, "direct") for s in samples]
+    return t.collate(rows, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+
+
+def test_loss_equals_a_plain_loop_over_assistant_tokens(parts):
+    model, tokenizer, _, samples = parts
+    batch = batch_of(parts, samples[:3])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    logits, expected, counted = model(**inputs).logits.tolist(), 0.0, 0
+    for b in range(3):
+        for i in range(1, batch["labels"].shape[1]):
+            if batch["labels"][b, i] != t.IGNORE_INDEX:
+                z = logits[b][i - 1]
+                expected += math.log(sum(math.exp(v) for v in z)) - z[batch["labels"][b, i]]
+                counted += 1
+    assert counted == sum(len(tokenizer.encode(s["answer"], add_special_tokens=False)) + 1 for s in samples[:3])
+    assert t.token_loss(model, dict(batch)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_is_the_same_for_one_batch_and_for_micro_batches(parts):
+    model, _, _, samples = parts
+    grads = []
+    for size in (4, 2, 1):
+        model.zero_grad()
+        for i in range(0, 4, size):
+            t.token_loss(model, batch_of(parts, samples[i : i + size])).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all(torch.allclose(g, grads[0], rtol=1e-4, atol=1e-4) for g in grads[1:])
+
+
+def test_row_length_is_known_from_the_header(parts):
+    _, tokenizer, image_processor, samples = parts
+    for s in samples:
+        assert t.row_length(s, tokenizer, image_processor, "direct") == len(t.encode_row(s, tokenizer, image_processor, "direct")["input_ids"])
+
+
+def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
+    before, after = load_file(tiny_dir / "model.safetensors"), load_file(run_dir / "final" / "model.safetensors")
+    assert all(torch.equal(before[k], after[k]) == ("visual" in k) for k in before)
+    assert (run_dir / "curves.png").stat().st_size > 1000 and json.loads((run_dir / "run.json").read_text())["versions"]["torch"]
+
+
+def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run_dir, out)
+    shutil.rmtree(out / "final")
+    train(out, tiny_dir, synth_dir / "samples.jsonl")
+    assert rows(out / "metrics.jsonl") == rows(run_dir / "metrics.jsonl")
+    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (out, run_dir))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_two_ranks_learn_the_same_as_one(run_dir, tiny_dir, synth_dir, tmp_path):
+    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                                                                    "--master_port", "29612"))  # fmt: skip
+    for ours, theirs in zip(rows(tmp_path / "metrics.jsonl"), rows(run_dir / "metrics.jsonl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_finished_model_loads_in_plain_transformers_and_gives_the_same_greedy_tokens(run_dir, synth_dir):
+    import train_grpo as g
+
+    folder, sample = run_dir / "final", t.read_samples(synth_dir / "samples.jsonl")[0]
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    prompt = g.chat_inputs(tokenizer, image_processor, sample["image"], sample["question"])
+    ours = g.rollout(g.load_model(str(folder), "float32", torch.device("cpu")), tokenizer, [prompt], [["0"]], 16, 0.0, 1)[0][0][0]
+    content = [{"type": "image"}, {"type": "text", "text": sample["question"]}]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    vision = image_processor(images=[Image.open(sample["image"])], return_tensors="pt")
+    x = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // 4)), return_tensors="pt")
+    out = model.generate(**x, **vision, mm_token_type_ids=(x["input_ids"] == model.config.image_token_id).int(), max_new_tokens=16, do_sample=False,
+                         bad_words_ids=[[tokenizer.convert_tokens_to_ids(v)] for v in g.VISION_TOKENS])  # fmt: skip
+    assert out[0, x["input_ids"].shape[1] :].tolist() == ours
+
+
+def test_over_long_rows_are_counted_and_skipped_never_cut(tiny_dir, synth_dir, tmp_path):
+    done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", "--max_length", 40, check=False)
+    assert done.returncode != 0 and "all 12 rows exceed --max_length 40" in done.stderr
+    args = t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o"])
+    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio, args.max_pixels) == (5e-6, 16, 4096, 0.1, 401408)
+
+
+def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ours = t.read_samples(synth_dir / "samples.jsonl")[:2]
+    text = f"<think>because</think> <answer>{ours[0]['answer']}</answer>"
+    share = [{"messages": [{"role": "user", "content": f"<image>{ours[0]['question']}{t.R1_SUFFIX}"}, {"role": "assistant", "content": text}],
+              "images": [ours[0]["image"]]}]  # fmt: skip
+    (tmp_path / "share.json").write_text(json.dumps(share))
+    (read,) = t.read_samples(tmp_path / "share.json")
+    assert (read["question"], read["completion"], read["prompt_suffix"]) == (ours[0]["question"], text, t.R1_SUFFIX)
+    assert (read["bbox_1000"], read["entity"], read["answer"]) == (ours[0]["bbox_1000"], ours[0]["entity"], ours[0]["answer"])
+    data = open(ours[0]["image"], "rb").read()
+    solution = f"<answer> {ours[0]['answer']} </answer>"  # as in the released debug log
+    pq.write_table(pa.Table.from_pylist([{"image": {"bytes": data}, "problem": ours[0]["question"], "solution": solution}]), tmp_path / "grpo.parquet")
+    (read,) = t.read_samples(tmp_path / "grpo.parquet")
+    assert (read["question"], read["bbox_1000"], read["entity"]) == (ours[0]["question"], ours[0]["bbox_1000"], ours[0]["entity"])
+    assert t.load_image(read["image"]).size == (168, 112)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda r: r.pop("messages"), "samples.jsonl:1: no column 'messages'"),
+    (lambda r: r["images"].append("x.png"), "2 images"),
+    (lambda r: r.update(answer="<|box_start|>(9,9),(3,12)<|box_end|>"), "bbox_1000 [9, 9, 3, 12]; want 0 <= x1 < x2"),
+])  # fmt: skip
+def test_a_bad_row_gets_one_clear_line_before_weights_are_loaded(edit, message, synth_dir, tmp_path):
+    row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
+    edit(row)
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    done = train(tmp_path / "out", "no-model-here", tmp_path / "samples.jsonl", check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_engine_settings_that_belong_to_flags_are_refused(tiny_dir, synth_dir, tmp_path):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
+    done = train(tmp_path / "out", tiny_dir, synth_dir / "samples.jsonl", "--deepspeed", tmp_path / "ds.json", check=False)
+    assert done.returncode != 0 and "has 'train_batch_size'; want engine settings only" in done.stderr and "Traceback" not in done.stderr
