@@ -25,6 +25,7 @@ import math
 import os
 import re
 import string
+import subprocess
 import time
 from collections import Counter
 from datetime import timedelta
@@ -35,7 +36,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-EVAL_PROMPTS = {"r1": None, "direct": "", "cot": ". Let's think step by step", "json": ", output its bbox coordinates using JSON format."}
+EVAL_PROMPTS = {
+    "r1": None,
+    "direct": "",
+    "cot": ". Let's think step by step",
+    "json": ", output its bbox coordinates using JSON format.",
+}
 CORRECT_IOU = 0.5
 RESAMPLES = 2000
 
@@ -43,25 +49,45 @@ RESAMPLES = 2000
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--bench", help="KVG-Bench .parquet, or samples.jsonl with boxes")
-    p.add_argument("--out", required=True, help="run folder; an interrupted run is continued, a finished one scored again")
+    p.add_argument("--out", help="run folder; an interrupted run is continued, a finished one scored again")
     p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL")
     p.add_argument("--predictions", help="score this JSONL (question_id, response) instead of running a model")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed")
+    p.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed"
+    )
+    p.add_argument("--summary", metavar="RUN", help="table of all RUN/eval_*/metrics.json, written to RUN/results.json")
     # answers
-    p.add_argument("--prompt", default="r1", choices=list(EVAL_PROMPTS), help="what follows the question, and where the box is looked for")
+    p.add_argument(
+        "--prompt",
+        default="r1",
+        choices=list(EVAL_PROMPTS),
+        help="what follows the question, and where the box is looked for",
+    )
     p.add_argument("--max_completion_length", type=int, default=1024, help="tokens; a longer answer is cut and counted")
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
     p.add_argument("--batch_size", type=int, default=32, help="cases decoded at once on one rank")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
     # scores
-    p.add_argument("--seen", nargs="+", default=["aircraft", "car", "reptilia", "bird", "food"], help="categories with training data")
+    p.add_argument(
+        "--seen",
+        nargs="+",
+        default=["aircraft", "car", "reptilia", "bird", "food"],
+        help="categories with training data",
+    )
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap; decoding is greedy")
     # run
     p.add_argument("--report_samples", type=int, default=400, help="most cases shown in report.html, worst first")
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     args = p.parse_args(argv)
-    if not args.compare and (not args.bench or bool(args.model) == bool(args.predictions)):
-        p.error("want --bench with one of --model and --predictions, or --compare A B")
+    if not args.summary and not args.out:
+        p.error("want --out")
+    if not args.compare and not args.summary and (not args.bench or bool(args.model) == bool(args.predictions)):
+        p.error("want --bench with one of --model and --predictions, or --compare A B, or --summary RUN")
     if args.max_completion_length < 1 or args.batch_size < 1 or args.report_samples < 0:
         p.error("want --max_completion_length >= 1, --batch_size >= 1, --report_samples >= 0")
     args.seen = sorted({c.lower() for c in args.seen})
@@ -81,9 +107,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -121,13 +151,17 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
 # >>> shared:dist (copy of train_sft.py)
 def init_dist(timeout_minutes=60):
     """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -136,7 +170,9 @@ def init_dist(timeout_minutes=60):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where
+        )
     return rank, world_size, device
 
 
@@ -157,11 +193,15 @@ def all_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
 # <<< shared:dist
 
 
 # >>> shared:chat_inputs (copy of train_sft.py)
-R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = (
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+)
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
@@ -181,12 +221,22 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
         table = pq.read_table(path)
-        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        names = (
+            ("question_id", "question", "answer", "image", "category")
+            if "question" in table.column_names
+            else ("image", "problem", "solution")
+        )
         if missing := [n for n in names if n not in table.column_names]:
-            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+            raise SystemExit(
+                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+            )
         rows = table.to_pylist()
         for i, r in enumerate(rows):
-            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+            r |= {
+                "question": r.get("question") or r["problem"],
+                "answer": r.get("answer") or r["solution"],
+                "id": r.get("question_id", str(i)),
+            }
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
@@ -202,18 +252,27 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+                raise SystemExit(
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            r = {
+                "question": user.removesuffix(R1_SUFFIX),
+                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
+            } | r
             image = image_id = str(path.parent / r["images"][0])
         else:
-            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image:
+                raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
             image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
         box = BOX.search(r["answer"] or "")
         bbox_1000 = [int(v) for v in box.groups()] if box else None
         if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
-            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
+            )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
         samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
                         "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
@@ -225,11 +284,19 @@ def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
+        ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
-    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+    image_processor.size = {
+        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+        "longest_edge": max_pixels,
+    }
     return tokenizer, image_processor
 
 
@@ -239,7 +306,9 @@ def load_image(image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+        ) from None
 
 
 def visual_tokens(image_processor, width, height):
@@ -250,7 +319,9 @@ def visual_tokens(image_processor, width, height):
 def prompt_ids(tokenizer, text, count):
     """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
@@ -259,8 +330,47 @@ def chat_inputs(tokenizer, image_processor, image, text):
     image = load_image(image)
     vision = image_processor(images=[image], return_tensors="pt")
     count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
-    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+    return {
+        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "pixel_values": vision["pixel_values"],
+        "image_grid_thw": vision["image_grid_thw"],
+    }
+
+
 # <<< shared:chat_inputs
+
+
+# >>> shared:load_model (copy of train_sft.py)
+def check_model(path):
+    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    if kind != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+
+
+def load_model(path, dtype, device):
+    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import is_flash_attn_2_available, logging
+
+    logging.disable_progress_bar()
+    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
+    attention = (
+        "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).to(device)
+
+
+# <<< shared:load_model
 
 
 # >>> shared:answer_format (copy of train_grpo.py)
@@ -268,7 +378,9 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
-THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+THINK_ANSWER = re.compile(
+    r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
+)
 
 
 def answer_text(text, mode="r1"):
@@ -307,6 +419,8 @@ def box_iou(a, b):
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
+
+
 # <<< shared:answer_format
 
 
@@ -338,7 +452,9 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
     out = []
     for i in range(0, len(prompts), chunk):
-        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+        out += decode_batch(
+            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
+        )
     model.train(training)
     return out
 
@@ -368,7 +484,11 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
     position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
     rows = len(prompts) * generations
-    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = (
+        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
+        if temperature > 0
+        else np.zeros((rows, 1))
+    )
     draws = torch.from_numpy(draws).to(device)
     tokens = torch.full((rows, max_completion_length), -1, device=device)
     logps = torch.zeros(rows, max_completion_length, device=device)
@@ -378,7 +498,9 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
         logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
         if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
             cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+                max=cdf.shape[-1] - 1
+            )
         else:
             token = logp.argmax(-1)
         tokens[active, t] = torch.where(done, -1, token)
@@ -404,6 +526,8 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
 # <<< shared:rollout
 
 
@@ -442,7 +566,11 @@ def mcnemar_p(only_a, only_b):
 
 def split_rows(rows, seen):
     """{split: rows} for all, seen and unseen categories."""
-    return {"all": rows, "seen": [r for r in rows if r["category"] in seen], "unseen": [r for r in rows if r["category"] not in seen]}
+    return {
+        "all": rows,
+        "seen": [r for r in rows if r["category"] in seen],
+        "unseen": [r for r in rows if r["category"] not in seen],
+    }
 
 
 def split_metrics(rows, seed):
@@ -478,7 +606,9 @@ def markdown(header, lines):
     widths = [max(len(str(c)) for c in column) for column in zip(header, *lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     rows = [[header[0].ljust(widths[0]), *(h.rjust(w) for h, w in zip(header[1:], widths[1:], strict=True))], rule]
-    rows += [[str(r[0]).ljust(widths[0]), *(str(c).rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))] for r in lines]
+    rows += [
+        [str(r[0]).ljust(widths[0]), *(str(c).rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))] for r in lines
+    ]
     return "".join("| " + " | ".join(r) + " |\n" for r in rows)
 
 
@@ -491,7 +621,9 @@ def metric_lines(metrics, seen):
 
 
 def metrics_table(metrics, seen):
-    lines = [(name if kind == "split" else f"{name} ({kind})", *rest) for name, kind, *rest in metric_lines(metrics, seen)]
+    lines = [
+        (name if kind == "split" else f"{name} ({kind})", *rest) for name, kind, *rest in metric_lines(metrics, seen)
+    ]
     return markdown(("split", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
 
 
@@ -503,9 +635,13 @@ def compare_runs(a, b, seen, seed):
     columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
     runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
     if odd := sorted(set(runs[0]) ^ set(runs[1])):
-        raise SystemExit(f"{b}: {len(odd)} cases in one run only, first {odd[0]!r}; want two runs on one bench; check --compare")
+        raise SystemExit(
+            f"{b}: {len(odd)} cases in one run only, first {odd[0]!r}; want two runs on one bench; check --compare"
+        )
     if odd := [k for k, r in runs[0].items() if r["gt_bbox_1000"] != runs[1][k]["gt_bbox_1000"]]:
-        raise SystemExit(f"{b}: {odd[0]!r} has another true box than in {a}; want two runs on one bench; check --compare")
+        raise SystemExit(
+            f"{b}: {odd[0]!r} has another true box than in {a}; want two runs on one bench; check --compare"
+        )
     result = {}
     for name, rows in split_rows(list(runs[0].values()), seen).items():
         pairs = [(bool(r["correct"]), bool(runs[1][r["question_id"]]["correct"])) for r in rows]
@@ -520,7 +656,35 @@ def compare_runs(a, b, seen, seed):
 def compare_table(result):
     lines = [(k, m["n"], percent(m["acc_a"]), percent(m["acc_b"]), f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+"),
               m["only_a"], m["only_b"], f"{m['mcnemar_p']:.2g}") if m else (k, 0, *"-------") for k, m in result.items()]  # fmt: skip
-    return markdown(("split", "cases", "A %", "B %", "B - A", "95 % interval", "only A right", "only B right", "McNemar p"), lines)
+    return markdown(
+        ("split", "cases", "A %", "B %", "B - A", "95 % interval", "only A right", "only B right", "McNemar p"), lines
+    )
+
+
+def summarize(run, seed):
+    """Writes {run}/results.json and returns the table of a whole pipeline: one line per evaluated model, in the order of evaluation."""
+    paths = sorted(run.glob("eval_*/metrics.json"), key=lambda p: p.stat().st_mtime)
+    if not paths:
+        raise SystemExit(f"{run}: no eval_*/metrics.json; want the run folder of run_all.sh; run the evaluations first")
+    rows, splits = [], ("seen", "unseen", "all")
+    for path in paths:
+        m = json.loads(path.read_text(encoding="utf-8"))
+        rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"], **{k: m[k] and m[k]["acc"] for k in splits},
+                     "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"], "ci95": {k: m[k] and m[k]["acc_ci95"] for k in splits}})  # fmt: skip
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent
+    )
+    seconds = {p.name: int(p.read_text()) for p in sorted((run / ".done").glob("*"), key=lambda p: p.stat().st_mtime)}
+    write_text(
+        run / "results.json",
+        json.dumps({"rows": rows, "seconds": seconds, "seed": seed, "commit": git.stdout.strip() or None}, indent=1)
+        + "\n",
+    )
+    lines = [(r["model"], r["n"], *(f"{percent(r[k])} ({interval(r['ci95'][k])})" if r[k] is not None else "-" for k in splits),
+              f"{r['mean_iou']:.3f}", percent(r["parse_rate"])) for r in rows]  # fmt: skip
+    return markdown(
+        ("model", "cases", "seen % (95 %)", "unseen % (95 %)", "all % (95 %)", "mean IoU", "parsed %"), lines
+    )
 
 
 # ---- data ----
@@ -528,11 +692,15 @@ def read_bench(path):
     """Samples with text ids and categories, all with a box and a picture, each id once."""
     samples = [s | {"id": str(s["id"]), "category": str(s["category"] or "none").lower()} for s in read_samples(path)]
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
-        raise SystemExit(f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row")
+        raise SystemExit(
+            f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row"
+        )
     if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
         raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
     if missing := [s["image"] for s in samples if isinstance(s["image"], str) and not os.path.isfile(s["image"])]:
-        raise SystemExit(f"{path}: {missing[0]}: no such image; want paths relative to the bench's folder; check the folder")
+        raise SystemExit(
+            f"{path}: {missing[0]}: no such image; want paths relative to the bench's folder; check the folder"
+        )
     return samples
 
 
@@ -541,13 +709,25 @@ def read_foreign_answers(path, samples):
     rows = read_jsonl(path, ("question_id", "response"))
     counts, wanted = Counter(str(r["question_id"]) for r in rows), {s["id"] for s in samples}
     if twice := [i for i, count in counts.items() if count > 1]:
-        raise SystemExit(f"{path}: question_id {twice[0]!r} occurs {counts[twice[0]]} times; want every case once; drop the others")
+        raise SystemExit(
+            f"{path}: question_id {twice[0]!r} occurs {counts[twice[0]]} times; want every case once; drop the others"
+        )
     if unknown := [i for i in counts if i not in wanted]:
-        raise SystemExit(f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; want its {len(wanted)} ids; check --bench")
+        raise SystemExit(
+            f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; want its {len(wanted)} ids; check --bench"
+        )
     if missing := [s["id"] for s in samples if s["id"] not in counts]:
-        raise SystemExit(f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want an answer to every case; add them")
-    if wrong := [r["question_id"] for r in rows if not (isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None))]:
-        raise SystemExit(f"{path}: response or num_tokens of {wrong[0]!r} has another type; want text and an integer; mend the row")
+        raise SystemExit(
+            f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want an answer to every case; add them"
+        )
+    if wrong := [
+        r["question_id"]
+        for r in rows
+        if not (isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None))
+    ]:
+        raise SystemExit(
+            f"{path}: response or num_tokens of {wrong[0]!r} has another type; want text and an integer; mend the row"
+        )
     return {str(r["question_id"]): r for r in rows}
 
 
@@ -570,29 +750,6 @@ def weights_md5(model):
     return digest.hexdigest() if files else ""
 
 
-def check_model(path):
-    """Stops with one line unless `path` names a Qwen2-VL."""
-    from transformers import AutoConfig
-
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model") from None
-    if kind != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
-
-
-def load_for_eval(path, dtype, device):
-    """The model in eval mode; flash-attn 2 where it is installed on CUDA, else SDPA."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import is_flash_attn_2_available
-
-    dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
-    return model.to(device).eval()
-
-
 def answer_cases(model, tokenizer, image_processor, samples, path, args):
     """Appends the greedy answers to `path`, batch by batch."""
     suffix, began, scored = EVAL_PROMPTS[args.prompt], time.time(), []
@@ -600,7 +757,9 @@ def answer_cases(model, tokenizer, image_processor, samples, path, args):
     for i in range(0, len(samples), args.batch_size):
         batch, since = samples[i : i + args.batch_size], time.time()
         prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + suffix) for s in batch]
-        rolled = rollout(model, tokenizer, prompts, [["0"]] * len(batch), args.max_completion_length, 0, args.batch_size)
+        rolled = rollout(
+            model, tokenizer, prompts, [["0"]] * len(batch), args.max_completion_length, 0, args.batch_size
+        )
         seconds = (time.time() - since) / len(batch)
         answers = {s["id"]: {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids),
                              "finished": finished, "seconds": seconds} for s, [(ids, _, finished)] in zip(batch, rolled, strict=True)}  # fmt: skip
@@ -758,13 +917,19 @@ def box_div(box, kind):
 def marked_text(text):
     """Escaped response; tags and special tokens stay readable but recede, the answer stands out."""
     shown = re.sub(r"&lt;/?(?:think|answer)&gt;|&lt;\|\w+\|&gt;", r"<span>\g<0></span>", html.escape(text.strip()))
-    shown = re.sub(r"(<span>&lt;answer&gt;</span>)(.*?)(<span>&lt;/answer&gt;</span>)", r"\1<mark>\2</mark>\3", shown, flags=re.S)
+    shown = re.sub(
+        r"(<span>&lt;answer&gt;</span>)(.*?)(<span>&lt;/answer&gt;</span>)", r"\1<mark>\2</mark>\3", shown, flags=re.S
+    )
     return shown or "<span>(empty response)</span>"
 
 
 def track(m, kind=""):
     """Bar of an accuracy with its interval as a whisker."""
-    whisker = f'<u style="left:{percent(m["acc_ci95"][0])}%;right:{percent(1 - m["acc_ci95"][1])}%"></u>' if m["acc_ci95"] else ""
+    whisker = (
+        f'<u style="left:{percent(m["acc_ci95"][0])}%;right:{percent(1 - m["acc_ci95"][1])}%"></u>'
+        if m["acc_ci95"]
+        else ""
+    )
     return f'<div class="track {kind}"><i style="width:{percent(m["acc"])}%"></i>{whisker}</div>'
 
 
@@ -772,7 +937,11 @@ def case_card(row, sample, picture, width, height):
     """One case of the gallery: picture with both boxes, and the reasoning next to it."""
     e, box, kind = html.escape, row["pred_bbox_1000"], "good" if row["correct"] else "bad"
     verdict = f"IoU {row['iou']:.2f}" if box else "no valid box"
-    length = "" if row["num_tokens"] is None else f" · {row['num_tokens']} tokens{', cut off' if row['finished'] is False else ''}"
+    length = (
+        ""
+        if row["num_tokens"] is None
+        else f" · {row['num_tokens']} tokens{', cut off' if row['finished'] is False else ''}"
+    )
     boxes = box_div(row["gt_bbox_1000"], "good") + (box_div(box, "bad") if box else "")
     return (f'<article class="card" data-category="{e(row["category"])}" data-correct="{int(row["correct"])}">'
             f'<figure style="aspect-ratio:{width}/{height};max-width:{460 * width / height:.0f}px">'
@@ -807,8 +976,13 @@ def report_html(rows, samples, metrics, args):
     counts = np.histogram([r["iou"] for r in rows if r["pred_bbox_1000"]], bins=np.linspace(0, 1, 21))[0].tolist()
     highest = max(counts + [unparsed, 1])
     columns = [("none", unparsed, "no valid box")]
-    columns += [("bad" if i < 10 else "good", c, f"IoU {i / 20:.2f} to {(i + 1) / 20:.2f}") for i, c in enumerate(counts)]
-    columns = [f'<span class="{k}" style="height:{88 * c / highest:.1f}%" title="{t}: {c} cases"><em>{c or ""}</em></span>' for k, c, t in columns]
+    columns += [
+        ("bad" if i < 10 else "good", c, f"IoU {i / 20:.2f} to {(i + 1) / 20:.2f}") for i, c in enumerate(counts)
+    ]
+    columns = [
+        f'<span class="{k}" style="height:{88 * c / highest:.1f}%" title="{t}: {c} cases"><em>{c or ""}</em></span>'
+        for k, c, t in columns
+    ]
     ticks = [f"<span><em>{i / 20:g}</em></span>" if i % 5 == 0 else "<span></span>" for i in range(20)]
     ticks = ['<span class="none"><em>no box</em></span>', *ticks, '<span class="end"><em>1</em></span>']
     histogram = f'<div class="hist">{"".join(columns)}</div><div class="axis">{"".join(ticks)}</div>'
@@ -816,11 +990,27 @@ def report_html(rows, samples, metrics, args):
              + "".join(f"<td>{c}</td>" for c in rest) + "</tr>" for name, kind, *rest in metric_lines(metrics, args.seen)]  # fmt: skip
     facts = [("images", len({r["image_id"] for r in rows})), ("answers with a valid box", f"{metrics['all']['parse_rate']:.1%}"),
              ("mean IoU", f"{metrics['all']['mean_iou']:.3f}")]  # fmt: skip
-    optional = (("mean_length", "tokens per answer", ".0f"), ("clipped_ratio", "cut off", ".1%"), ("per_second", "answers/s per process", ".2f"))
-    facts += [(label, format(metrics[f"completions/{k}"], form)) for k, label, form in optional if metrics[f"completions/{k}"] is not None]
+    optional = (
+        ("mean_length", "tokens per answer", ".0f"),
+        ("clipped_ratio", "cut off", ".1%"),
+        ("per_second", "answers/s per process", ".2f"),
+    )
+    facts += [
+        (label, format(metrics[f"completions/{k}"], form))
+        for k, label, form in optional
+        if metrics[f"completions/{k}"] is not None
+    ]
     source = Path(args.model or args.predictions)
-    name = f"{source.parent.name}/{source.name}" if source.name in ("final", "model", "predictions.jsonl", "answers.jsonl") else source.name
-    how = f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens" if args.model else "answers made elsewhere"
+    name = (
+        f"{source.parent.name}/{source.name}"
+        if source.name in ("final", "model", "predictions.jsonl", "answers.jsonl")
+        else source.name
+    )
+    how = (
+        f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens"
+        if args.model
+        else "answers made elsewhere"
+    )
     lead = ("Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps the truth with "
             f"IoU ≥ 0.5. Prompt “{args.prompt}”, {how}.")  # fmt: skip
     return REPORT_PAGE.substitute(
@@ -839,8 +1029,12 @@ def write_results(out, samples, answers, args):
         write_text(path, text)
     metrics = bench_metrics(rows, args.seen, args.seed)
     seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
-    if not seconds and (out / "metrics.json").exists():  # scored again: the speed was measured when the answers were made
-        metrics["completions/per_second"] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["completions/per_second"]
+    if (
+        not seconds and (out / "metrics.json").exists()
+    ):  # scored again: the speed was measured when the answers were made
+        metrics["completions/per_second"] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))[
+            "completions/per_second"
+        ]
     else:
         metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
     metrics["config"] = vars(args)
@@ -853,33 +1047,59 @@ def write_results(out, samples, answers, args):
 
 def main():
     args, start = parse_args(), time.time()
+    if args.summary:
+        run = Path(args.summary)
+        found = [
+            str(p)
+            for p in (
+                *sorted(run.glob("*/preview.png")),
+                *sorted(run.glob("*/curves.png")),
+                *sorted(run.glob("eval_*/report.html")),
+            )
+        ]
+        print(summarize(run, args.seed) + "\n".join([f"{run / 'results.json'}", *found]))
+        return
     out, rank = Path(args.out), int(os.environ.get("RANK", 0))
     if args.compare:
         result = compare_runs(*args.compare, args.seen, args.seed)
-        write_text(out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n")
-        print0(compare_table(result) + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}")
+        write_text(
+            out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n"
+        )
+        print0(
+            compare_table(result) + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}"
+        )
         return
     samples = read_bench(args.bench)
     if args.predictions:
         answers = read_foreign_answers(args.predictions, samples)
     else:
         check_model(args.model)
-    args.bench_md5 = hashlib.md5("\n".join(f"{s['id']} {s['question']} {s['answer']}" for s in samples).encode()).hexdigest()
+    args.bench_md5 = hashlib.md5(
+        "\n".join(f"{s['id']} {s['question']} {s['answer']}" for s in samples).encode()
+    ).hexdigest()
     args.weights_md5 = weights_md5(args.model) if args.model else None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(out, args, ignore=("out", "compare", "batch_size", "seen", "seed", "report_samples", "timeout_minutes"))
+        same_config(
+            out,
+            args,
+            ignore=("out", "compare", "summary", "batch_size", "seen", "seed", "report_samples", "timeout_minutes"),
+        )
     if odd := sorted(set(args.seen) - {s["category"] for s in samples}):
-        print0(f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted({s['category'] for s in samples}))}")
+        print0(
+            f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted({s['category'] for s in samples}))}"
+        )
 
     if args.model:
         rank, world_size, device = init_dist(args.timeout_minutes)
         answers = broadcast(stored_answers(out) if rank == 0 else None)
         todo = [s for s in samples if s["id"] not in answers]
-        print0(f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, {world_size} ranks on {device.type}")
+        print0(
+            f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, {world_size} ranks on {device.type}"
+        )
         if todo:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
-            model = load_for_eval(args.model, args.dtype, device)
+            model = load_model(args.model, args.dtype, device)
             answer_cases(model, tokenizer, image_processor, todo[rank::world_size], out / f"part-{rank}.jsonl", args)
             dist.barrier()
             answers = stored_answers(out) if rank == 0 else None

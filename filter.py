@@ -32,7 +32,9 @@ from tqdm import tqdm
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--stage", required=True, choices=["cot", "grpo"], help="check chains of thought, or difficulty for RL")
+    p.add_argument(
+        "--stage", required=True, choices=["cot", "grpo"], help="check chains of thought, or difficulty for RL"
+    )
     p.add_argument("--samples", required=True, help="samples.jsonl")
     p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
     # --stage cot
@@ -48,7 +50,12 @@ def parse_args(argv=None):
     p.add_argument("--max_completion_length", type=int, default=512, help="tokens")
     p.add_argument("--batch_size", type=int, default=256, help="sequences decoded at once on one rank")
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
@@ -73,9 +80,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -113,13 +124,17 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
 # >>> shared:dist (copy of train_sft.py)
 def init_dist(timeout_minutes=60):
     """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -128,7 +143,9 @@ def init_dist(timeout_minutes=60):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where
+        )
     return rank, world_size, device
 
 
@@ -149,11 +166,15 @@ def all_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
 # <<< shared:dist
 
 
 # >>> shared:chat_inputs (copy of train_sft.py)
-R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = (
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+)
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
@@ -173,12 +194,22 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
         table = pq.read_table(path)
-        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        names = (
+            ("question_id", "question", "answer", "image", "category")
+            if "question" in table.column_names
+            else ("image", "problem", "solution")
+        )
         if missing := [n for n in names if n not in table.column_names]:
-            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+            raise SystemExit(
+                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+            )
         rows = table.to_pylist()
         for i, r in enumerate(rows):
-            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+            r |= {
+                "question": r.get("question") or r["problem"],
+                "answer": r.get("answer") or r["solution"],
+                "id": r.get("question_id", str(i)),
+            }
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
@@ -194,18 +225,27 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+                raise SystemExit(
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            r = {
+                "question": user.removesuffix(R1_SUFFIX),
+                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
+            } | r
             image = image_id = str(path.parent / r["images"][0])
         else:
-            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image:
+                raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
             image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
         box = BOX.search(r["answer"] or "")
         bbox_1000 = [int(v) for v in box.groups()] if box else None
         if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
-            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
+            )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
         samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
                         "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
@@ -217,11 +257,19 @@ def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
+        ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
-    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+    image_processor.size = {
+        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+        "longest_edge": max_pixels,
+    }
     return tokenizer, image_processor
 
 
@@ -231,7 +279,9 @@ def load_image(image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+        ) from None
 
 
 def visual_tokens(image_processor, width, height):
@@ -242,7 +292,9 @@ def visual_tokens(image_processor, width, height):
 def prompt_ids(tokenizer, text, count):
     """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
@@ -251,23 +303,46 @@ def chat_inputs(tokenizer, image_processor, image, text):
     image = load_image(image)
     vision = image_processor(images=[image], return_tensors="pt")
     count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
-    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+    return {
+        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "pixel_values": vision["pixel_values"],
+        "image_grid_thw": vision["image_grid_thw"],
+    }
+
+
 # <<< shared:chat_inputs
 
 
 # >>> shared:load_model (copy of train_sft.py)
+def check_model(path):
+    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    if kind != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+
+
 def load_model(path, dtype, device):
-    """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
     logging.disable_progress_bar()
-    if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
-    return model.to(device)
+    attention = (
+        "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).to(device)
+
+
 # <<< shared:load_model
 
 
@@ -276,7 +351,9 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
-THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+THINK_ANSWER = re.compile(
+    r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
+)
 
 
 def answer_text(text, mode="r1"):
@@ -315,6 +392,8 @@ def box_iou(a, b):
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
+
+
 # <<< shared:answer_format
 
 
@@ -346,7 +425,9 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
     out = []
     for i in range(0, len(prompts), chunk):
-        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+        out += decode_batch(
+            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
+        )
     model.train(training)
     return out
 
@@ -376,7 +457,11 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
     position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
     rows = len(prompts) * generations
-    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = (
+        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
+        if temperature > 0
+        else np.zeros((rows, 1))
+    )
     draws = torch.from_numpy(draws).to(device)
     tokens = torch.full((rows, max_completion_length), -1, device=device)
     logps = torch.zeros(rows, max_completion_length, device=device)
@@ -386,7 +471,9 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
         logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
         if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
             cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+                max=cdf.shape[-1] - 1
+            )
         else:
             token = logp.argmax(-1)
         tokens[active, t] = torch.where(done, -1, token)
@@ -412,6 +499,8 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
 # <<< shared:rollout
 
 
@@ -457,7 +546,11 @@ def draw_pass_rates(rates, k, kept, path):
 
     counts = Counter(round(r * k) for r in rates)
     figure, ax = plt.subplots(figsize=(5, 3))
-    ax.bar(range(k + 1), [counts[i] for i in range(k + 1)], color=["tab:blue" if i in kept else "lightgray" for i in range(k + 1)])
+    ax.bar(
+        range(k + 1),
+        [counts[i] for i in range(k + 1)],
+        color=["tab:blue" if i in kept else "lightgray" for i in range(k + 1)],
+    )
     ax.set_xlabel(f"correct of {k} rollouts (IoU >= 0.5)")
     ax.set_ylabel("samples")
     figure.tight_layout()
@@ -467,6 +560,7 @@ def draw_pass_rates(rates, k, kept, path):
 
 def measure_pass_rates(samples, args, out):
     """{id: correct of k}, by rollouts of the model; every rank appends what it finished, so that a killed run goes on."""
+    check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -484,11 +578,15 @@ def measure_pass_rates(samples, args, out):
             batch = todo[i : i + chunk]
             prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX) for s in batch]
             seeds = [[f"{args.seed}:filter:{s['id']}:{g}" for g in range(args.num_rollouts)] for s in batch]
-            rolled = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size)
+            rolled = rollout(
+                model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size
+            )
             for s, completions in zip(batch, rolled, strict=True):
                 boxes = [parse_bbox(completion_text(tokenizer, ids)) for ids, _, _ in completions]
                 correct = sum(b is not None and box_iou(b, s["bbox_1000"]) >= 0.5 for b in boxes)
-                f.write(json.dumps({"id": s["id"], "correct": correct, "parsed": sum(b is not None for b in boxes)}) + "\n")
+                f.write(
+                    json.dumps({"id": s["id"], "correct": correct, "parsed": sum(b is not None for b in boxes)}) + "\n"
+                )
             f.flush()
     dist.barrier()
     done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
@@ -501,9 +599,13 @@ def main():
     samples, out, rank = read_samples(args.samples), Path(args.out), 0
     ids = [s["id"] for s in samples]
     if len(set(ids)) < len(ids):
-        raise SystemExit(f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids; rerun the stage before")
+        raise SystemExit(
+            f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids; rerun the stage before"
+        )
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None or "images" not in s["row"]]:
-        raise SystemExit(f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py; rerun that stage")
+        raise SystemExit(
+            f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py; rerun that stage"
+        )
     kept, rejected, stats = [], [], {}
     if args.stage == "cot":
         seen = set()
@@ -515,13 +617,21 @@ def main():
         by_entity = defaultdict(list)
         for s in samples:
             k = correct[s["id"]]
-            row = moved(s["row"], args.samples, out) | {"pass_rate": k / args.num_rollouts, "num_rollouts": args.num_rollouts}
+            row = moved(s["row"], args.samples, out) | {
+                "pass_rate": k / args.num_rollouts,
+                "num_rollouts": args.num_rollouts,
+            }
             reason = "too hard" if k < args.min_correct else "trivial" if k > args.max_correct else None
             (rejected if reason else kept).append(row | ({"reason": reason} if reason else {}))
             by_entity[s["entity"]].append(row["pass_rate"])
         stats["pass_rate"] = sum(correct[s["id"]] for s in samples) / args.num_rollouts / len(samples)
     if rank == 0:
-        stats |= {"rows": len(samples), "kept": len(kept), "rejected": Counter(r["reason"] for r in rejected), "seconds": round(time.time() - start, 1)}
+        stats |= {
+            "rows": len(samples),
+            "kept": len(kept),
+            "rejected": Counter(r["reason"] for r in rejected),
+            "seconds": round(time.time() - start, 1),
+        }
         write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
         if args.stage == "grpo":
             mastery = {e: {"pass_rate": sum(r) / len(r), "n": len(r)} for e, r in sorted(by_entity.items())}
@@ -530,9 +640,13 @@ def main():
                             out / "pass_rate.png")  # fmt: skip
         write_text(out / "stats.json", json.dumps(stats, indent=1) + "\n")
         reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].most_common())
-        print(f"filter: {len(kept)} of {len(samples)} rows kept ({reasons or 'none rejected'}), {stats['seconds']} s -> {out / 'samples.jsonl'}")
+        print(
+            f"filter: {len(kept)} of {len(samples)} rows kept ({reasons or 'none rejected'}), {stats['seconds']} s -> {out / 'samples.jsonl'}"
+        )
         if not kept:
-            raise SystemExit(f"{out}/rejected.jsonl: 0 of {len(samples)} rows kept; want some; look at the reasons there")
+            raise SystemExit(
+                f"{out}/rejected.jsonl: 0 of {len(samples)} rows kept; want some; look at the reasons there"
+            )
         write_text(out / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
     if dist.is_initialized():
         dist.destroy_process_group()

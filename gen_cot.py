@@ -53,7 +53,9 @@ Comparison: which features set {target} apart from each of the others.
 Conclusion: the decision; the last words are the box of {target}, written as (x1,y1),(x2,y2).
 Never mention that names, boxes or these notes were given to you."""
 HEADINGS = re.compile(r"^[ \t#*\d.)]*(planning|visual analysis|comparison|conclusion)[ \t*]*(?::|$)", re.I | re.M)
-MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)  # in the training text it would open a turn, a block or an image
+MARKUP = re.compile(
+    r"</?(?:think|answer|image|video)>|<\|", re.I
+)  # in the training text it would open a turn, a block or an image
 INLINE = re.compile(r"<\|(?:box|object_ref)_(?:start|end)\|>")  # Qwen's own way to write names and boxes; dropped
 GIVEN = r"(?:provided|given|supplied|stated|specified)"
 BETRAYALS = [re.compile(pattern, re.I) for pattern in (
@@ -73,8 +75,16 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--samples", required=True, help="samples.jsonl of synth_data.py")
     p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
-    p.add_argument("--teacher", default="knowledge", choices=["hf", "openai", "knowledge"], help="local model, served model, or attribute table")
-    p.add_argument("--teacher_model", help="hf: folder or name of a Qwen-VL; openai: the name the server knows (paper: Qwen2-VL-72B)")
+    p.add_argument(
+        "--teacher",
+        default="knowledge",
+        choices=["hf", "openai", "knowledge"],
+        help="local model, served model, or attribute table",
+    )
+    p.add_argument(
+        "--teacher_model",
+        help="hf: folder or name of a Qwen-VL; openai: the name the server knows (paper: Qwen2-VL-72B)",
+    )
     p.add_argument("--knowledge", help='teacher knowledge: JSON {"Name": {"category", "description"}}')
     # asking
     p.add_argument("--max_attempts", type=int, default=3, help="chains drawn per row before it is rejected")
@@ -85,29 +95,50 @@ def parse_args(argv=None):
     p.add_argument("--max_words", type=int, default=800, help="a longer chain of a model is rejected")
     # hf
     p.add_argument("--batch_size", type=int, default=16, help="chains decoded at once on one rank")
-    p.add_argument("--device_map", choices=["auto"], help="auto: one process, the model over all GPUs (default: one GPU per process)")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument(
+        "--device_map",
+        choices=["auto"],
+        help="auto: one process, the model over all GPUs (default: one GPU per process)",
+    )
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
     # openai; the key is read from the environment variable OPENAI_API_KEY alone
-    p.add_argument("--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible server (vLLM, SGLang, ...)")
+    p.add_argument(
+        "--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible server (vLLM, SGLang, ...)"
+    )
     p.add_argument("--concurrency", type=int, default=16, help="requests in flight")
     p.add_argument("--request_timeout", type=float, default=300, help="seconds per request")
-    p.add_argument("--max_retries", type=int, default=8, help="repeats of a request that met a busy, slow or absent server")
+    p.add_argument(
+        "--max_retries", type=int, default=8, help="repeats of a request that met a busy, slow or absent server"
+    )
     # run
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     if min(args.max_attempts, args.batch_size, args.concurrency, args.max_completion_length) < 1:
         p.error("want at least 1 for --max_attempts, --batch_size, --concurrency and --max_completion_length")
     if args.teacher == "knowledge" and not args.knowledge:
-        raise SystemExit("--teacher knowledge: no --knowledge; want a JSON table of the entities; give its path or another --teacher")
+        raise SystemExit(
+            "--teacher knowledge: no --knowledge; want a JSON table of the entities; give its path or another --teacher"
+        )
     if args.teacher != "knowledge" and not args.teacher_model:
         raise SystemExit(f"--teacher {args.teacher}: no --teacher_model; want the name of a Qwen-VL; give one")
     if args.teacher != "knowledge" and args.temperature <= 0 and args.max_attempts > 1:
-        raise SystemExit(f"--temperature {args.temperature}: the attempts would be equal; want more than 0; raise it or set --max_attempts 1")
+        raise SystemExit(
+            f"--temperature {args.temperature}: the attempts would be equal; want more than 0; raise it or set --max_attempts 1"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and (args.teacher != "hf" or args.device_map):
-        raise SystemExit(f"torchrun with {world_size} processes: only --teacher hf without --device_map is data-parallel; run plain python")
+        raise SystemExit(
+            f"torchrun with {world_size} processes: only --teacher hf without --device_map is data-parallel; run plain python"
+        )
     if args.device_map and not importlib.util.find_spec("accelerate"):
-        raise SystemExit("--device_map auto: no accelerate in this environment; want it to place the layers; pip install accelerate")
+        raise SystemExit(
+            "--device_map auto: no accelerate in this environment; want it to place the layers; pip install accelerate"
+        )
     return args
 
 
@@ -124,9 +155,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -164,13 +199,17 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
 # >>> shared:dist (copy of train_sft.py)
 def init_dist(timeout_minutes=60):
     """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -179,7 +218,9 @@ def init_dist(timeout_minutes=60):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where
+        )
     return rank, world_size, device
 
 
@@ -200,11 +241,15 @@ def all_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
 # <<< shared:dist
 
 
 # >>> shared:chat_inputs (copy of train_sft.py)
-R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = (
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+)
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
@@ -224,12 +269,22 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
         table = pq.read_table(path)
-        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        names = (
+            ("question_id", "question", "answer", "image", "category")
+            if "question" in table.column_names
+            else ("image", "problem", "solution")
+        )
         if missing := [n for n in names if n not in table.column_names]:
-            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+            raise SystemExit(
+                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+            )
         rows = table.to_pylist()
         for i, r in enumerate(rows):
-            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+            r |= {
+                "question": r.get("question") or r["problem"],
+                "answer": r.get("answer") or r["solution"],
+                "id": r.get("question_id", str(i)),
+            }
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
@@ -245,18 +300,27 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+                raise SystemExit(
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            r = {
+                "question": user.removesuffix(R1_SUFFIX),
+                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
+            } | r
             image = image_id = str(path.parent / r["images"][0])
         else:
-            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image:
+                raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
             image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
         box = BOX.search(r["answer"] or "")
         bbox_1000 = [int(v) for v in box.groups()] if box else None
         if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
-            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
+            )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
         samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
                         "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
@@ -268,11 +332,19 @@ def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
+        ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
-    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+    image_processor.size = {
+        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+        "longest_edge": max_pixels,
+    }
     return tokenizer, image_processor
 
 
@@ -282,7 +354,9 @@ def load_image(image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+        ) from None
 
 
 def visual_tokens(image_processor, width, height):
@@ -293,7 +367,9 @@ def visual_tokens(image_processor, width, height):
 def prompt_ids(tokenizer, text, count):
     """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
@@ -302,7 +378,13 @@ def chat_inputs(tokenizer, image_processor, image, text):
     image = load_image(image)
     vision = image_processor(images=[image], return_tensors="pt")
     count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
-    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+    return {
+        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "pixel_values": vision["pixel_values"],
+        "image_grid_thw": vision["image_grid_thw"],
+    }
+
+
 # <<< shared:chat_inputs
 
 
@@ -311,7 +393,9 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
-THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+THINK_ANSWER = re.compile(
+    r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
+)
 
 
 def answer_text(text, mode="r1"):
@@ -350,6 +434,8 @@ def box_iou(a, b):
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
+
+
 # <<< shared:answer_format
 
 
@@ -381,7 +467,9 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
     out = []
     for i in range(0, len(prompts), chunk):
-        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+        out += decode_batch(
+            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
+        )
     model.train(training)
     return out
 
@@ -411,7 +499,11 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
     position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
     rows = len(prompts) * generations
-    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = (
+        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
+        if temperature > 0
+        else np.zeros((rows, 1))
+    )
     draws = torch.from_numpy(draws).to(device)
     tokens = torch.full((rows, max_completion_length), -1, device=device)
     logps = torch.zeros(rows, max_completion_length, device=device)
@@ -421,7 +513,9 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
         logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
         if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
             cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+                max=cdf.shape[-1] - 1
+            )
         else:
             token = logp.argmax(-1)
         tokens[active, t] = torch.where(done, -1, token)
@@ -447,6 +541,8 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
 # <<< shared:rollout
 
 
@@ -465,7 +561,9 @@ def knowledge_cot(row, knowledge):
     if len(set(looks.values())) < len(entities):
         return None, "same description: two entities of the image cannot be told apart"
     name, look, box = target["entity"], looks[target["entity"]], box_text(target["bbox_1000"])
-    ordered = sorted(entities, key=lambda e: (e["bbox_1000"][1] + e["bbox_1000"][3] > 1000, e["bbox_1000"][0] + e["bbox_1000"][2]))
+    ordered = sorted(
+        entities, key=lambda e: (e["bbox_1000"][1] + e["bbox_1000"][3] > 1000, e["bbox_1000"][0] + e["bbox_1000"][2])
+    )
     listed = "\n".join(f"{looks[e['entity']]} {box_text(e['bbox_1000'])}" for e in ordered)
     return (f"Planning: {name} is {look}.\nVisual Analysis:\n{listed}\n"
             f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is at {box}."), None  # fmt: skip
@@ -486,7 +584,9 @@ def validate(text, row, min_words=30, max_words=800):
     if found := MARKUP.search(text):
         return f"markup: {found[0]}"
     heads = list(HEADINGS.finditer(text))
-    if [h[1].lower() for h in heads] != ["planning", "visual analysis", "comparison", "conclusion"] or heads[0].start() > 0:
+    if [h[1].lower() for h in heads] != ["planning", "visual analysis", "comparison", "conclusion"] or heads[
+        0
+    ].start() > 0:
         return "headings: " + ", ".join(h[1] for h in heads)
     if not min_words <= words <= max_words:
         return f"{'too short' if words < min_words else 'too long'}: {words} words"
@@ -507,7 +607,9 @@ def validate(text, row, min_words=30, max_words=800):
 def judge(response, cut, row, args):
     """(chain, reason) of a teacher's answer; `cut` says that it ran into --max_completion_length."""
     text = re.sub("[\u0085\u2028\u2029]", "\n", INLINE.sub("", response)).strip()  # line ends that JSON does not escape
-    return text, "cut off: ran into --max_completion_length" if cut else validate(text, row, args.min_words, args.max_words)
+    return text, "cut off: ran into --max_completion_length" if cut else validate(
+        text, row, args.min_words, args.max_words
+    )
 
 
 # ---- data ----
@@ -520,12 +622,18 @@ def read_composites(path):
         if r["id"] in seen:
             raise SystemExit(f"{where}: id occurs twice; want unique ids; rerun synth_data.py")
         if not 0 <= r["target"] < len(r["entities"]):
-            raise SystemExit(f"{where}: target {r['target']} of {len(r['entities'])} entities; want an index; rerun synth_data.py")
+            raise SystemExit(
+                f"{where}: target {r['target']} of {len(r['entities'])} entities; want an index; rerun synth_data.py"
+            )
         sound = [len(b) == 4 and 0 <= b[0] < b[2] <= 1000 and 0 <= b[1] < b[3] <= 1000 for b in bboxes_1000]
         if len(sound) < len(r["entities"]) or not all(sound):
-            raise SystemExit(f"{where}: an entity without name, or bbox_1000 not 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: an entity without name, or bbox_1000 not 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row"
+            )
         if len(r["images"]) != 1 or not (path.parent / r["images"][0]).is_file():
-            raise SystemExit(f"{where}: images {r['images']}; want one file that is there, relative to {path.parent}; check the path")
+            raise SystemExit(
+                f"{where}: images {r['images']}; want one file that is there, relative to {path.parent}; check the path"
+            )
         seen.add(r["id"])
     return rows
 
@@ -573,12 +681,18 @@ def load_teacher(args, device):
     try:
         kind = AutoConfig.from_pretrained(args.teacher_model).model_type
     except (OSError, ValueError) as e:
-        raise SystemExit(f"--teacher_model {args.teacher_model}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it") from None
+        raise SystemExit(
+            f"--teacher_model {args.teacher_model}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it"
+        ) from None
     if not re.fullmatch(r"qwen\w*_vl\w*", kind):
-        raise SystemExit(f"--teacher_model {args.teacher_model}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai")
+        raise SystemExit(
+            f"--teacher_model {args.teacher_model}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai"
+        )
     tokenizer, image_processor = load_processors(args.teacher_model, args.max_pixels)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    model = AutoModelForImageTextToText.from_pretrained(args.teacher_model, dtype=getattr(torch, dtype), device_map=args.device_map)
+    model = AutoModelForImageTextToText.from_pretrained(
+        args.teacher_model, dtype=getattr(torch, dtype), device_map=args.device_map
+    )
     return model if args.device_map else model.to(device), tokenizer, image_processor
 
 
@@ -590,11 +704,21 @@ def ask_local(rows, args, save, device):
     root, queue = Path(args.samples).parent, deque((row, 1, {}) for row in rows)
     while queue:
         batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]
-        prompts = [chat_inputs(tokenizer, image_processor, str(root / row["images"][0]), teacher_prompt(row)) for row, _, _ in batch]
+        prompts = [
+            chat_inputs(tokenizer, image_processor, str(root / row["images"][0]), teacher_prompt(row))
+            for row, _, _ in batch
+        ]
         seeds = [[f"{args.seed}:{attempt}:{row['id']}"] for row, attempt, _ in batch]
-        groups = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size)
+        groups = rollout(
+            model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size
+        )
         for (row, attempt, usage), prompt, [(ids, _, finished)] in zip(batch, prompts, groups, strict=True):
-            spent = {"requests": 1, "retries": 0, "prompt_tokens": len(prompt["prompt_ids"]), "completion_tokens": len(ids)}
+            spent = {
+                "requests": 1,
+                "retries": 0,
+                "prompt_tokens": len(prompt["prompt_ids"]),
+                "completion_tokens": len(ids),
+            }
             usage = {k: v + usage.get(k, 0) for k, v in spent.items()}
             response = completion_text(tokenizer, ids)
             cot, reason = judge(response, not finished, row, args)
@@ -628,9 +752,13 @@ async def ask_served(rows, args, save):
                 for key in ("prompt_tokens", "completion_tokens"):
                     if tokens := getattr(getattr(reply, "usage", None), key, None):
                         usage[key] = usage.get(key, 0) + tokens
-                choices = getattr(reply, "choices", None)  # a proxy may answer with a page of its own, which the client hands on as text
+                choices = getattr(
+                    reply, "choices", None
+                )  # a proxy may answer with a page of its own, which the client hands on as text
                 content = (choices[0].message.content if choices else None) or ""
-                return content.encode("utf-8", "replace").decode(), bool(choices) and choices[0].finish_reason == "length"
+                return content.encode("utf-8", "replace").decode(), bool(choices) and choices[
+                    0
+                ].finish_reason == "length"
             except passing as e:
                 if getattr(e, "code", None) == "insufficient_quota" or retry == args.max_retries:
                     if answered["requests"] > before and not isinstance(e, openai.RateLimitError):
@@ -645,7 +773,11 @@ async def ask_served(rows, args, save):
                     print(f"{args.base_url}: {type(e).__name__} ({e}); still trying", file=sys.stderr)
                 await asyncio.sleep(wait)
             except openai.APIStatusError as e:
-                if e.status_code in (400, 413, 422):  # this row, not the server: too long, or refused by its content rules
+                if e.status_code in (
+                    400,
+                    413,
+                    422,
+                ):  # this row, not the server: too long, or refused by its content rules
                     return str(e)[:500], None
                 raise ConnectionError(f"{args.base_url}: {type(e).__name__} ({e}); want --base_url, --teacher_model and OPENAI_API_KEY "
                                       "that fit the server; mend them, then the same command continues") from None  # fmt: skip
@@ -661,7 +793,9 @@ async def ask_served(rows, args, save):
             save(record_of(row, cot, reason, attempt, response, usage))
 
     key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
-    async with openai.AsyncOpenAI(base_url=args.base_url, api_key=key, timeout=args.request_timeout, max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=args.base_url, api_key=key, timeout=args.request_timeout, max_retries=0
+    ) as client:
         workers = [asyncio.ensure_future(worker()) for _ in range(min(args.concurrency, len(rows)))]
         try:
             await asyncio.gather(*workers)
@@ -681,8 +815,15 @@ def merge(rows, args, out, seconds):
             continue
         messages = [{"role": "user", "content": "<image>" + row["question"] + R1_SUFFIX},
                     {"role": "assistant", "content": f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"}]  # fmt: skip
-        images = [Path(os.path.relpath(Path(args.samples).parent.resolve() / i, out.resolve())).as_posix() for i in row["images"]]
-        teacher = {"backend": args.teacher, "model": args.teacher_model or Path(args.knowledge).name, "attempt": r["attempt"]}
+        images = [
+            Path(os.path.relpath(Path(args.samples).parent.resolve() / i, out.resolve())).as_posix()
+            for i in row["images"]
+        ]
+        teacher = {
+            "backend": args.teacher,
+            "model": args.teacher_model or Path(args.knowledge).name,
+            "attempt": r["attempt"],
+        }
         kept.append(row | {"images": images, "messages": messages, "cot": r["cot"], "teacher": teacher})
     stats = {"rows": len(rows), "kept": len(kept), "rejected": dict(Counter(r["reason"].split(":")[0] for r in rejected).most_common()),
              "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
@@ -693,7 +834,9 @@ def merge(rows, args, out, seconds):
     for name, lines in (("rejected.jsonl", rejected), ("samples.jsonl", kept)):
         if lines or name != "samples.jsonl":  # the next stage wants rows or no file
             write_text(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_text(out / "stats.json", json.dumps(stats | {"seconds": round(seconds, 1)}, indent=1, ensure_ascii=False) + "\n")
+    write_text(
+        out / "stats.json", json.dumps(stats | {"seconds": round(seconds, 1)}, indent=1, ensure_ascii=False) + "\n"
+    )
     return stats
 
 
@@ -701,20 +844,36 @@ def main():
     args, start = parse_args(), time.time()
     out, rows = Path(args.out), read_composites(args.samples)
     if (out / "samples.jsonl").resolve() == Path(args.samples).resolve():
-        raise SystemExit(f"--out {out}: holds --samples itself; want another folder, or the input would be overwritten; give one")
+        raise SystemExit(
+            f"--out {out}: holds --samples itself; want another folder, or the input would be overwritten; give one"
+        )
     table = read_knowledge(args.knowledge) if args.teacher == "knowledge" else None
-    inputs = {"samples_sha": args.samples} | ({"knowledge_sha": args.knowledge} if table else {})  # the same path may hold another file
+    inputs = {"samples_sha": args.samples} | (
+        {"knowledge_sha": args.knowledge} if table else {}
+    )  # the same path may hold another file
     inputs = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in inputs.items()}
     rank, world_size, device = init_dist(timeout_minutes=7 * 24 * 60) if args.teacher == "hf" else (0, 1, None)
     done = None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        free = ("samples", "knowledge", "out", "batch_size", "device_map", "base_url", "concurrency", "request_timeout", "max_retries")
+        free = (
+            "samples",
+            "knowledge",
+            "out",
+            "batch_size",
+            "device_map",
+            "base_url",
+            "concurrency",
+            "request_timeout",
+            "max_retries",
+        )
         same_config(out, argparse.Namespace(**vars(args), **inputs), ignore=free)
         done = {r["id"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
     done = broadcast(done) if world_size > 1 else done
     todo = [row for row in rows if row["id"] not in done]
-    print0(f"gen_cot: {len(rows)} rows, {len(rows) - len(todo)} of them done before, teacher {args.teacher}, {world_size} processes")
+    print0(
+        f"gen_cot: {len(rows)} rows, {len(rows) - len(todo)} of them done before, teacher {args.teacher}, {world_size} processes"
+    )
 
     mine = todo[rank::world_size]
     bar = tqdm(total=len(mine), disable=not sys.stderr.isatty(), desc="cot")

@@ -38,26 +38,38 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--source", required=True, help="folder category/entity/*, .jsonl or .parquet of single-entity images")
+    p.add_argument(
+        "--source", required=True, help="folder category/entity/*, .jsonl or .parquet of single-entity images"
+    )
     p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
     p.add_argument("--num_samples", type=int, default=25000, help="composite images (the paper's stage 1: 25K)")
     p.add_argument("--queries_per_image", type=int, default=1, help="rows per composite, each with another target")
     p.add_argument("--min_entities", type=int, default=2, help="fewest entities per image (paper: 2)")
     p.add_argument("--max_entities", type=int, default=6, help="most entities per image (paper: 6)")
     p.add_argument("--categories", nargs="+", help="use these categories only (default: all of the source)")
-    p.add_argument("--holdout_entities", type=float, default=0.0, help="share of entities kept out of every sample, 0..1")
+    p.add_argument(
+        "--holdout_entities", type=float, default=0.0, help="share of entities kept out of every sample, 0..1"
+    )
     # canvas
     p.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="drawn uniformly")
     p.add_argument("--tile_px", type=int, default=448, help="nominal side of one tile, px, before the pixel cap")
-    p.add_argument("--max_pixels", type=int, default=401408, help="cap on width x height of a composite (paper: 401,408)")
-    p.add_argument("--canvas_size", type=int, nargs=2, metavar=("W", "H"), help="fixed canvas, px (default: from the tiles)")
+    p.add_argument(
+        "--max_pixels", type=int, default=401408, help="cap on width x height of a composite (paper: 401,408)"
+    )
+    p.add_argument(
+        "--canvas_size", type=int, nargs=2, metavar=("W", "H"), help="fixed canvas, px (default: from the tiles)"
+    )
     p.add_argument("--grid", type=int, nargs=2, metavar=("COLS", "ROWS"), help="fixed grid (default: near-square)")
     p.add_argument("--background", default="white", choices=["white", "noise", "gradient"], help="where no tile lies")
     # against shortcuts: seams, sizes and compression tell a model that the image was made, not taken
-    p.add_argument("--entity_scale", type=float, nargs=2, default=[1.0, 1.0], metavar=("LO", "HI"), help="share of its cell")
+    p.add_argument(
+        "--entity_scale", type=float, nargs=2, default=[1.0, 1.0], metavar=("LO", "HI"), help="share of its cell"
+    )
     p.add_argument("--gap_px", type=int, nargs=2, default=[0, 0], metavar=("LO", "HI"), help="random gap between tiles")
     p.add_argument("--color_jitter", type=float, default=0.0, help="brightness/contrast/saturation factor 1 +- this")
-    p.add_argument("--jpeg_quality", type=int, nargs=2, metavar=("LO", "HI"), help="write JPEG of random quality (default: PNG)")
+    p.add_argument(
+        "--jpeg_quality", type=int, nargs=2, metavar=("LO", "HI"), help="write JPEG of random quality (default: PNG)"
+    )
     # run
     p.add_argument("--max_bad_images", type=int, default=0, help="unreadable source images to skip before stopping")
     p.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes; does not change the output")
@@ -85,9 +97,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -125,6 +141,8 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
@@ -144,14 +162,18 @@ def read_sources(source):
     """All `Source` records of a folder, JSONL or parquet. Errors: one line for a missing path, column or box."""
     source = Path(source)
     if not source.exists():
-        raise SystemExit(f"--source {source}: no such file or folder; want category/entity/*.png, .jsonl or .parquet; check the path")
+        raise SystemExit(
+            f"--source {source}: no such file or folder; want category/entity/*.png, .jsonl or .parquet; check the path"
+        )
     if source.is_dir():
         boxes_file = source / "boxes.jsonl"
         found = sorted(p for p in source.glob("*/*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise SystemExit(f"--source {source}: no images; want category/entity/*.png|jpg below it; check the path")
         if not boxes_file.exists():
-            raise SystemExit(f"{boxes_file}: no boxes; want one {{image, bbox_px}} a line; make it with --box_model or by hand")
+            raise SystemExit(
+                f"{boxes_file}: no boxes; want one {{image, bbox_px}} a line; make it with --box_model or by hand"
+            )
         boxes = {r["image"]: r["bbox_px"] for r in read_jsonl(boxes_file, ("image", "bbox_px"))}
         rows = [{"image": p.relative_to(source).as_posix(), "entity": p.parent.name.replace("_", " "), "category": p.parent.parent.name}
                 for p in found]  # fmt: skip
@@ -336,7 +358,9 @@ def main():
             grouped[s.category][s.entity].append(s)
     by_category = {c: dict(e) for c, e in grouped.items() if len(e) >= args.min_entities}
     if not by_category:
-        raise SystemExit(f"--source {args.source}: no category with {args.min_entities} entities; want look-alikes to compare; add images")
+        raise SystemExit(
+            f"--source {args.source}: no category with {args.min_entities} entities; want look-alikes to compare; add images"
+        )
 
     out = Path(args.out)
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -352,7 +376,9 @@ def main():
     work = partial(make_sample, by_category=by_category, args=args)
     with multiprocessing.Pool(args.num_workers) as pool, open(samples, "a", encoding="utf-8") as f:
         todo = range(whole, args.num_samples)
-        for new, met in tqdm(pool.imap(work, todo, chunksize=8), total=len(todo), disable=not sys.stderr.isatty(), desc="synth"):
+        for new, met in tqdm(
+            pool.imap(work, todo, chunksize=8), total=len(todo), disable=not sys.stderr.isatty(), desc="synth"
+        ):
             for path, reason in met:
                 if path not in bad:
                     print(f"{path}: unreadable ({reason}); skipped", file=sys.stderr)

@@ -46,21 +46,48 @@ def parse_args(argv=None):
     # rollout
     p.add_argument("--num_generations", type=int, default=4, help="G, completions per prompt (paper: 4)")
     p.add_argument("--max_completion_length", type=int, default=512, help="tokens (paper: 512)")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the sampler, and of the trained log-probs (paper: 1)")
+    p.add_argument(
+        "--temperature", type=float, default=1.0, help="of the sampler, and of the trained log-probs (paper: 1)"
+    )
     p.add_argument("--rollout_batch_size", type=int, default=256, help="sequences decoded at once on one rank")
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
-    p.add_argument("--max_prompt_length", type=int, default=4096, help="tokens; a longer prompt stops the run, it is never cut")
+    p.add_argument(
+        "--max_prompt_length", type=int, default=4096, help="tokens; a longer prompt stops the run, it is never cut"
+    )
     # rewards
-    p.add_argument("--reward_funcs", nargs="+", default=["iou", "format"], choices=sorted(REWARDS), help="summed (paper: iou + format)")
+    p.add_argument(
+        "--reward_funcs",
+        nargs="+",
+        default=["iou", "format"],
+        choices=sorted(REWARDS),
+        help="summed (paper: iou + format)",
+    )
     p.add_argument("--reward_weights", nargs="+", type=float, help="one per reward (default: 1)")
-    p.add_argument("--iou_threshold", type=float, default=0.8, help="iou pays IoU, binary pays 1, above this (released code: 0.8)")
+    p.add_argument(
+        "--iou_threshold", type=float, default=0.8, help="iou pays IoU, binary pays 1, above this (released code: 0.8)"
+    )
     # GRPO
-    p.add_argument("--scale_rewards", default="group", choices=["group", "none", "loo"], help="advantage: / group std, mean only, leave-one-out")
-    p.add_argument("--loss_type", default="grpo", choices=["grpo", "dapo", "dr_grpo"], help="mean per sequence (paper), per token, constant")
+    p.add_argument(
+        "--scale_rewards",
+        default="group",
+        choices=["group", "none", "loo"],
+        help="advantage: / group std, mean only, leave-one-out",
+    )
+    p.add_argument(
+        "--loss_type",
+        default="grpo",
+        choices=["grpo", "dapo", "dr_grpo"],
+        help="mean per sequence (paper), per token, constant",
+    )
     p.add_argument("--beta", type=float, default=0.0, help="weight of the KL; 0 loads no reference model (paper: 0.04)")
     p.add_argument("--epsilon", type=float, default=0.2, help="ratio clip below 1, and above without --epsilon_high")
     p.add_argument("--epsilon_high", type=float, help="ratio clip above 1 (DAPO: 0.28)")
-    p.add_argument("--num_iterations", type=int, default=1, help="updates per rollout; above 1 the sampler's log-probs are the old ones")
+    p.add_argument(
+        "--num_iterations",
+        type=int,
+        default=1,
+        help="updates per rollout; above 1 the sampler's log-probs are the old ones",
+    )
     # optimisation
     p.add_argument("--learning_rate", type=float, default=1e-6, help="peak (paper: 1e-6)")
     p.add_argument("--lr_scheduler", default="linear", choices=["cosine", "linear", "constant"])
@@ -70,15 +97,27 @@ def parse_args(argv=None):
     p.add_argument("--num_epochs", type=float, default=2.0, help="passes over the data (paper: 2)")
     p.add_argument("--max_steps", type=int, help="stop after this many steps instead (default: from --num_epochs)")
     p.add_argument("--train_batch_size", type=int, default=16, help="prompts per step over all ranks (paper: 16)")
-    p.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=False, help="vision tower and merger (paper: trained)")
+    p.add_argument(
+        "--freeze_vision",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="vision tower and merger (paper: trained)",
+    )
     p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     # engine
     p.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed engine settings")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     # run
     p.add_argument("--logging_steps", type=int, default=1)
-    p.add_argument("--log_completions", type=int, default=2, help="prompts per logging step whose rollouts go to samples.jsonl")
+    p.add_argument(
+        "--log_completions", type=int, default=2, help="prompts per logging step whose rollouts go to samples.jsonl"
+    )
     p.add_argument("--save_steps", type=int, default=100, help="0 means no checkpoint before the end")
     p.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
     p.add_argument("--seed", type=int, default=0)
@@ -88,7 +127,9 @@ def parse_args(argv=None):
     if args.temperature <= 0:
         p.error(f"--temperature {args.temperature}: greedy completions of a group are all equal; want more than 0")
     if args.reward_weights and len(args.reward_weights) != len(args.reward_funcs):
-        p.error(f"--reward_weights: {len(args.reward_weights)} weights for {len(args.reward_funcs)} rewards; want one each")
+        p.error(
+            f"--reward_weights: {len(args.reward_weights)} weights for {len(args.reward_funcs)} rewards; want one each"
+        )
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     return args
@@ -107,9 +148,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -147,13 +192,17 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
 # >>> shared:dist (copy of train_sft.py)
 def init_dist(timeout_minutes=60):
     """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -162,7 +211,9 @@ def init_dist(timeout_minutes=60):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where
+        )
     return rank, world_size, device
 
 
@@ -183,6 +234,8 @@ def all_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
 # <<< shared:dist
 
 
@@ -210,7 +263,9 @@ def draw_curves(metrics_path, png_path, keys):
     rows = complete_lines(metrics_path)
     keys = [k for k in keys if any(k in r for r in rows)]
     columns = min(3, len(keys))
-    figure, axes = plt.subplots(math.ceil(len(keys) / columns), columns, figsize=(4 * columns, 2.6 * math.ceil(len(keys) / columns)))
+    figure, axes = plt.subplots(
+        math.ceil(len(keys) / columns), columns, figsize=(4 * columns, 2.6 * math.ceil(len(keys) / columns))
+    )
     for ax, key in zip(getattr(axes, "flat", [axes]), keys, strict=False):
         ax.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], linewidth=1.2)
         ax.set_title(key, fontsize=9)
@@ -226,16 +281,26 @@ def run_config(args, derived):
     import transformers
 
     def git(*command):
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
     return {"args": vars(args), "derived": derived, "versions": versions, "commit": git("rev-parse", "HEAD") or None,
             "dirty": bool(git("status", "--porcelain"))}  # fmt: skip
+
+
 # <<< shared:run_log
 
 
 # >>> shared:chat_inputs (copy of train_sft.py)
-R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = (
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+)
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
@@ -255,12 +320,22 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
         table = pq.read_table(path)
-        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        names = (
+            ("question_id", "question", "answer", "image", "category")
+            if "question" in table.column_names
+            else ("image", "problem", "solution")
+        )
         if missing := [n for n in names if n not in table.column_names]:
-            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+            raise SystemExit(
+                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+            )
         rows = table.to_pylist()
         for i, r in enumerate(rows):
-            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+            r |= {
+                "question": r.get("question") or r["problem"],
+                "answer": r.get("answer") or r["solution"],
+                "id": r.get("question_id", str(i)),
+            }
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
@@ -276,18 +351,27 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+                raise SystemExit(
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            r = {
+                "question": user.removesuffix(R1_SUFFIX),
+                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
+            } | r
             image = image_id = str(path.parent / r["images"][0])
         else:
-            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image:
+                raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
             image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
         box = BOX.search(r["answer"] or "")
         bbox_1000 = [int(v) for v in box.groups()] if box else None
         if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
-            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
+            )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
         samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
                         "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
@@ -299,11 +383,19 @@ def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
+        ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
-    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+    image_processor.size = {
+        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+        "longest_edge": max_pixels,
+    }
     return tokenizer, image_processor
 
 
@@ -313,7 +405,9 @@ def load_image(image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+        ) from None
 
 
 def visual_tokens(image_processor, width, height):
@@ -324,7 +418,9 @@ def visual_tokens(image_processor, width, height):
 def prompt_ids(tokenizer, text, count):
     """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
@@ -333,23 +429,46 @@ def chat_inputs(tokenizer, image_processor, image, text):
     image = load_image(image)
     vision = image_processor(images=[image], return_tensors="pt")
     count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
-    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+    return {
+        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "pixel_values": vision["pixel_values"],
+        "image_grid_thw": vision["image_grid_thw"],
+    }
+
+
 # <<< shared:chat_inputs
 
 
 # >>> shared:load_model (copy of train_sft.py)
+def check_model(path):
+    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    if kind != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+
+
 def load_model(path, dtype, device):
-    """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
     logging.disable_progress_bar()
-    if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
-    return model.to(device)
+    attention = (
+        "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).to(device)
+
+
 # <<< shared:load_model
 
 
@@ -359,9 +478,18 @@ def start_engine(model, args, accumulation_steps):
     import deepspeed
 
     config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-    ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler"}
+    ours = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+    }
     if clash := sorted(ours & set(config)):
-        raise SystemExit(f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script")
+        raise SystemExit(
+            f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
+        )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
                "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
@@ -427,6 +555,8 @@ def resume(engine, output_dir):
 def epoch_order(index, count, seed):
     """Sample number `index` of an endless stream of seeded shuffles of range(count)."""
     return random.Random(f"{seed}:{index // count}").sample(range(count), count)[index % count]
+
+
 # <<< shared:engine
 
 
@@ -435,7 +565,9 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
-THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S)
+THINK_ANSWER = re.compile(
+    r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
+)
 
 
 def answer_text(text, mode="r1"):
@@ -474,6 +606,8 @@ def box_iou(a, b):
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
+
+
 # <<< shared:answer_format
 
 
@@ -536,7 +670,9 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
     out = []
     for i in range(0, len(prompts), chunk):
-        out += decode_batch(model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature)
+        out += decode_batch(
+            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
+        )
     model.train(training)
     return out
 
@@ -566,7 +702,11 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
     position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
     rows = len(prompts) * generations
-    draws = np.stack([uniforms(s, max_completion_length) for group in seeds for s in group]) if temperature > 0 else np.zeros((rows, 1))
+    draws = (
+        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
+        if temperature > 0
+        else np.zeros((rows, 1))
+    )
     draws = torch.from_numpy(draws).to(device)
     tokens = torch.full((rows, max_completion_length), -1, device=device)
     logps = torch.zeros(rows, max_completion_length, device=device)
@@ -576,7 +716,9 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
         logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
         if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
             cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+                max=cdf.shape[-1] - 1
+            )
         else:
             token = logp.argmax(-1)
         tokens[active, t] = torch.where(done, -1, token)
@@ -602,6 +744,8 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
 # <<< shared:rollout
 
 
@@ -651,7 +795,11 @@ def completion_logps(model, tokenizer, group, temperature):
     is_image[:, :P] = ids[:, :P] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image.int(),
              "pixel_values": group.inputs["pixel_values"].repeat(G, 1), "image_grid_thw": group.inputs["image_grid_thw"].repeat(G, 1)}  # fmt: skip
-    logits = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, logits_to_keep=C + 1).logits[:, :-1].float()
+    logits = (
+        model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, logits_to_keep=C + 1)
+        .logits[:, :-1]
+        .float()
+    )
     banned = torch.tensor(vision_ids(tokenizer), device=device)
     logps = torch.log_softmax(logits.index_fill(-1, banned, float("-inf")) / temperature, -1)
     return logps.gather(-1, ids[:, P:].to(device)[..., None])[..., 0], mask[:, P:].to(device)
@@ -692,12 +840,16 @@ def roll_out_step(model, tokenizer, image_processor, samples, step, args):
     """The groups of one step on this rank, with rewards and advantages."""
     prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX) for s in samples]
     seeds = [[f"{args.seed}:{step}:{s['id']}:{g}" for g in range(args.num_generations)] for s in samples]
-    rolled = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.rollout_batch_size)
+    rolled = rollout(
+        model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.rollout_batch_size
+    )
     groups = []
     for sample, inputs, completions in zip(samples, prompts, rolled, strict=True):
         ids, logps, finished = (list(c) for c in zip(*completions, strict=True))
         group = Group(sample, inputs, ids, logps, finished, [completion_text(tokenizer, i) for i in ids])
-        group.rewards_per_func = {name: [REWARDS[name](t, sample, args) for t in group.texts] for name in args.reward_funcs}
+        group.rewards_per_func = {
+            name: [REWARDS[name](t, sample, args) for t in group.texts] for name in args.reward_funcs
+        }
         group.rewards = [sum(w * r for w, r in zip(args.reward_weights, per, strict=True))
                          for per in zip(*group.rewards_per_func.values(), strict=True)]  # fmt: skip
         group.advantages = group_advantages(group.rewards, args.scale_rewards)
@@ -715,7 +867,10 @@ def step_metrics(groups, device):
         "clipped": sum(not g.finished[i] for g, i in completions), "parsed": sum(parse_bbox(g.texts[i]) is not None for g, i in completions),
         "acc@0.5": sum(iou_of(g.texts[i], g.sample) >= 0.5 for g, i in completions),
     }  # fmt: skip
-    sums |= {f"rewards/{name}/mean": sum(sum(g.rewards_per_func[name]) for g in groups) for name in groups[0].rewards_per_func}
+    sums |= {
+        f"rewards/{name}/mean": sum(sum(g.rewards_per_func[name]) for g in groups)
+        for name in groups[0].rewards_per_func
+    }
     total = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
     n = total["n"]
     return {
@@ -730,14 +885,30 @@ def main():
     args, start = parse_args(), time.time()
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
-        raise SystemExit(f"{args.data} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row")
+        raise SystemExit(
+            f"{args.data} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row"
+        )
+    check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(out, args, ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes", "rollout_batch_size"))
+        same_config(
+            out,
+            args,
+            ignore=(
+                "output_dir",
+                "logging_steps",
+                "save_steps",
+                "save_total_limit",
+                "timeout_minutes",
+                "rollout_batch_size",
+            ),
+        )
     if args.train_batch_size % world_size:
-        raise SystemExit(f"--train_batch_size {args.train_batch_size}: not a multiple of {world_size} ranks; change one of them")
+        raise SystemExit(
+            f"--train_batch_size {args.train_batch_size}: not a multiple of {world_size} ranks; change one of them"
+        )
     total_steps = args.max_steps or max(1, int(args.num_epochs * len(samples) / args.train_batch_size))
     torch.manual_seed(args.seed)
 
@@ -764,7 +935,9 @@ def main():
     for step in range(first + 1, total_steps + 1):
         began = time.time()
         # GRPO 1: the prompts of this step; every rank takes its share
-        drawn = [samples[epoch_order(i, len(samples), args.seed)] for i in range((step - 1) * B + rank, step * B, world_size)]
+        drawn = [
+            samples[epoch_order(i, len(samples), args.seed)] for i in range((step - 1) * B + rank, step * B, world_size)
+        ]
         # GRPO 2-4: completions, rewards, advantages
         groups = roll_out_step(engine.module, tokenizer, image_processor, drawn, step, args)
         generated = time.time()
@@ -773,7 +946,9 @@ def main():
         sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0}
         engine.train()
         for iteration in range(args.num_iterations):
-            rate = learning_rate_at((step - 1) * args.num_iterations + iteration + 1, total_steps * args.num_iterations, args)
+            rate = learning_rate_at(
+                (step - 1) * args.num_iterations + iteration + 1, total_steps * args.num_iterations, args
+            )
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = rate
             for group in groups:
@@ -786,7 +961,9 @@ def main():
                         ref_logps, _ = completion_logps(reference, tokenizer, group, args.temperature)
                 advantages = torch.tensor(group.advantages, device=device, dtype=torch.float32)
                 # GRPO 5: the loss; DeepSpeed averages over ranks, times world_size makes it the loss of the whole step
-                loss, logged = grpo_loss(logps, old_logps, ref_logps, advantages, mask, args, step_sequences, step_tokens)
+                loss, logged = grpo_loss(
+                    logps, old_logps, ref_logps, advantages, mask, args, step_sequences, step_tokens
+                )
                 engine.backward(loss * world_size, scale_wrt_gas=False)
                 engine.step()  # GRPO 6: updates after the last group of the step
                 sums["loss"] += loss.item() / args.num_iterations
@@ -795,7 +972,9 @@ def main():
                 sums["drift"] += ((logps.detach() - sampled).abs() * mask).sum().item() * (iteration == 0)
         sums = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
         if not math.isfinite(sums["loss"]):
-            raise SystemExit(f"step {step}: loss is {sums['loss']}; want a finite number; lower --learning_rate, resume from {out}")
+            raise SystemExit(
+                f"step {step}: loss is {sums['loss']}; want a finite number; lower --learning_rate, resume from {out}"
+            )
         if rank == 0 and step % args.logging_steps == 0:
             row = {"step": step, "loss": sums["loss"], **metrics, "grad_norm": float(engine.get_global_grad_norm() or 0.0),
                    "learning_rate": rate, "num_tokens": num_tokens, "sampling/logp_diff": sums["drift"] / step_tokens,
@@ -816,7 +995,9 @@ def main():
                    f"trunc {row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
                    f"{row['step_time']:.1f}s (gen {row['gen_time']:.1f}) | eta {eta / 60:.1f} min")  # fmt: skip
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
-            save_checkpoint(engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit)
+            save_checkpoint(
+                engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
+            )
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         keys = ["reward", *(f"rewards/{name}/mean" for name in args.reward_funcs), "acc@0.5", "parse_rate", "frac_reward_zero_std",

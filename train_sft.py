@@ -39,10 +39,17 @@ def parse_args(argv=None):
     p.add_argument("--model", required=True, help="Hugging Face folder or name of a Qwen2-VL")
     p.add_argument("--data", required=True, help="samples.jsonl, or ShareGPT .json")
     p.add_argument("--output_dir", required=True, help="run folder; an interrupted run is continued")
-    p.add_argument("--target", default="cot", choices=["cot", "direct"], help="learn the messages as they are, or question -> answer alone")
+    p.add_argument(
+        "--target",
+        default="cot",
+        choices=["cot", "direct"],
+        help="learn the messages as they are, or question -> answer alone",
+    )
     # data
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
-    p.add_argument("--max_length", type=int, default=4096, help="tokens; a longer row is skipped and counted (paper cutoff: 4096)")
+    p.add_argument(
+        "--max_length", type=int, default=4096, help="tokens; a longer row is skipped and counted (paper cutoff: 4096)"
+    )
     # optimisation
     p.add_argument("--learning_rate", type=float, default=5e-6, help="peak (paper: 5e-6)")
     p.add_argument("--lr_scheduler", default="cosine", choices=["cosine", "linear", "constant"])
@@ -53,11 +60,21 @@ def parse_args(argv=None):
     p.add_argument("--max_steps", type=int, help="stop after this many steps instead (default: from --num_epochs)")
     p.add_argument("--train_batch_size", type=int, default=16, help="sequences per step over all ranks (paper: 16)")
     p.add_argument("--per_device_train_batch_size", type=int, default=2, help="sequences per forward pass (paper: 2)")
-    p.add_argument("--freeze_vision", action=argparse.BooleanOptionalAction, default=True, help="vision tower and merger (paper: frozen)")
+    p.add_argument(
+        "--freeze_vision",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="vision tower and merger (paper: frozen)",
+    )
     p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     # engine
     p.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed engine settings")
-    p.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA, float32 on CPU")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float32"],
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     # run
     p.add_argument("--logging_steps", type=int, default=1)
@@ -83,9 +100,13 @@ def read_jsonl(path, required=()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line") from None
+                raise SystemExit(
+                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
+                ) from None
             if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
-                raise SystemExit(f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before")
+                raise SystemExit(
+                    f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
+                )
             rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; rerun the stage before")
@@ -123,13 +144,17 @@ def same_config(out, args, ignore=()):
                 raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
                                  "give another output folder or delete this one")  # fmt: skip
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 # <<< shared:jsonl_io
 
 
 # >>> shared:dist (source)
 def init_dist(timeout_minutes=60):
     """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on CPU."""
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,7 +163,9 @@ def init_dist(timeout_minutes=60):
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not dist.is_initialized():
         where = dict(store=dist.HashStore(), rank=0, world_size=1) if world_size == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes), **where
+        )
     return rank, world_size, device
 
 
@@ -159,6 +186,8 @@ def all_sum(values, device):
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
 # <<< shared:dist
 
 
@@ -186,7 +215,9 @@ def draw_curves(metrics_path, png_path, keys):
     rows = complete_lines(metrics_path)
     keys = [k for k in keys if any(k in r for r in rows)]
     columns = min(3, len(keys))
-    figure, axes = plt.subplots(math.ceil(len(keys) / columns), columns, figsize=(4 * columns, 2.6 * math.ceil(len(keys) / columns)))
+    figure, axes = plt.subplots(
+        math.ceil(len(keys) / columns), columns, figsize=(4 * columns, 2.6 * math.ceil(len(keys) / columns))
+    )
     for ax, key in zip(getattr(axes, "flat", [axes]), keys, strict=False):
         ax.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], linewidth=1.2)
         ax.set_title(key, fontsize=9)
@@ -202,16 +233,26 @@ def run_config(args, derived):
     import transformers
 
     def git(*command):
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
     return {"args": vars(args), "derived": derived, "versions": versions, "commit": git("rev-parse", "HEAD") or None,
             "dirty": bool(git("status", "--porcelain"))}  # fmt: skip
+
+
 # <<< shared:run_log
 
 
 # >>> shared:chat_inputs (source)
-R1_SUFFIX = "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = (
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
+)
 BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
@@ -231,12 +272,22 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
         table = pq.read_table(path)
-        names = ("question_id", "question", "answer", "image", "category") if "question" in table.column_names else ("image", "problem", "solution")
+        names = (
+            ("question_id", "question", "answer", "image", "category")
+            if "question" in table.column_names
+            else ("image", "problem", "solution")
+        )
         if missing := [n for n in names if n not in table.column_names]:
-            raise SystemExit(f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file")
+            raise SystemExit(
+                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+            )
         rows = table.to_pylist()
         for i, r in enumerate(rows):
-            r |= {"question": r.get("question") or r["problem"], "answer": r.get("answer") or r["solution"], "id": r.get("question_id", str(i))}
+            r |= {
+                "question": r.get("question") or r["problem"],
+                "answer": r.get("answer") or r["solution"],
+                "id": r.get("question_id", str(i)),
+            }
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
@@ -252,18 +303,27 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant")
+                raise SystemExit(
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {"question": user.removesuffix(R1_SUFFIX), "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]} | r
+            r = {
+                "question": user.removesuffix(R1_SUFFIX),
+                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
+            } | r
             image = image_id = str(path.parent / r["images"][0])
         else:
-            image = r["image"]["bytes"] if isinstance(r["image"], dict) else r["image"]
+            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image:
+                raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
             image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
         box = BOX.search(r["answer"] or "")
         bbox_1000 = [int(v) for v in box.groups()] if box else None
         if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
-            raise SystemExit(f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row")
+            raise SystemExit(
+                f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
+            )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
         samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
                         "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
@@ -275,11 +335,19 @@ def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
+        ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check --model")
-    image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+    image_processor.size = {
+        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+        "longest_edge": max_pixels,
+    }
     return tokenizer, image_processor
 
 
@@ -289,7 +357,9 @@ def load_image(image):
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row") from None
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+        ) from None
 
 
 def visual_tokens(image_processor, width, height):
@@ -300,7 +370,9 @@ def visual_tokens(image_processor, width, height):
 def prompt_ids(tokenizer, text, count):
     """Token ids of one user turn with one image of `count` visual tokens, up to the assistant's first token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
@@ -309,23 +381,46 @@ def chat_inputs(tokenizer, image_processor, image, text):
     image = load_image(image)
     vision = image_processor(images=[image], return_tensors="pt")
     count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
-    return {"prompt_ids": prompt_ids(tokenizer, text, count), "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]}
+    return {
+        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "pixel_values": vision["pixel_values"],
+        "image_grid_thw": vision["image_grid_thw"],
+    }
+
+
 # <<< shared:chat_inputs
 
 
 # >>> shared:load_model (source)
+def check_model(path):
+    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    if kind != "qwen2_vl":
+        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+
+
 def load_model(path, dtype, device):
-    """Qwen2-VL with SDPA attention, or flash-attn 2 where it is installed on CUDA."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
     logging.disable_progress_bar()
-    if AutoConfig.from_pretrained(path).model_type != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {AutoConfig.from_pretrained(path).model_type!r}; want 'qwen2_vl'; check --model")
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
-    attention = "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention)
-    return model.to(device)
+    attention = (
+        "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).to(device)
+
+
 # <<< shared:load_model
 
 
@@ -335,9 +430,18 @@ def start_engine(model, args, accumulation_steps):
     import deepspeed
 
     config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-    ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler"}
+    ours = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+    }
     if clash := sorted(ours & set(config)):
-        raise SystemExit(f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script")
+        raise SystemExit(
+            f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
+        )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
                "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
@@ -403,6 +507,8 @@ def resume(engine, output_dir):
 def epoch_order(index, count, seed):
     """Sample number `index` of an endless stream of seeded shuffles of range(count)."""
     return random.Random(f"{seed}:{index // count}").sample(range(count), count)[index % count]
+
+
 # <<< shared:engine
 
 
@@ -448,7 +554,10 @@ class Rows(torch.utils.data.Dataset):
 def collate(rows, pad_id, image_id):
     """Right-padded batch. Shapes: input_ids, attention_mask, mm_token_type_ids, labels (B, L) long."""
     length = max(len(r["input_ids"]) for r in rows)
-    batch = {"input_ids": torch.full((len(rows), length), pad_id), "labels": torch.full((len(rows), length), IGNORE_INDEX)}
+    batch = {
+        "input_ids": torch.full((len(rows), length), pad_id),
+        "labels": torch.full((len(rows), length), IGNORE_INDEX),
+    }
     batch["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.long)
     for i, r in enumerate(rows):
         for key in ("input_ids", "labels"):
@@ -467,30 +576,43 @@ def token_loss(model, batch):
     labels = batch.pop("labels")
     at = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
     logits = model(**batch, use_cache=False, logits_to_keep=at).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, at + 1].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, at + 1].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
 
 
 def main():
     args, start = parse_args(), time.time()
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if not wanted(s, args.target)[1]]:
-        raise SystemExit(f"{args.data} ({missing[0]}): nothing to learn from; want an assistant message with an answer; run gen_cot.py")
+        raise SystemExit(
+            f"{args.data} ({missing[0]}): nothing to learn from; want an assistant message with an answer; run gen_cot.py"
+        )
+    check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(out, args, ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes"))
+        same_config(
+            out, args, ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes")
+        )
     per_pass = args.per_device_train_batch_size * world_size
     if args.train_batch_size % per_pass:
-        raise SystemExit(f"--train_batch_size {args.train_batch_size}: not a multiple of {per_pass} (per device x ranks); change one of them")
+        raise SystemExit(
+            f"--train_batch_size {args.train_batch_size}: not a multiple of {per_pass} (per device x ranks); change one of them"
+        )
     accumulation_steps = args.train_batch_size // per_pass
     torch.manual_seed(args.seed)
 
     tokenizer, image_processor = load_processors(args.model, args.max_pixels)
-    lengths = broadcast([row_length(s, tokenizer, image_processor, args.target) for s in samples] if rank == 0 else None)
+    lengths = broadcast(
+        [row_length(s, tokenizer, image_processor, args.target) for s in samples] if rank == 0 else None
+    )
     kept = [s for s, length in zip(samples, lengths, strict=True) if length <= args.max_length]
     if not kept:
-        raise SystemExit(f"{args.data}: all {len(samples)} rows exceed --max_length {args.max_length}; raise it or lower --max_pixels")
+        raise SystemExit(
+            f"{args.data}: all {len(samples)} rows exceed --max_length {args.max_length}; raise it or lower --max_pixels"
+        )
     total_steps = args.max_steps or max(1, int(args.num_epochs * len(kept) / args.train_batch_size))
 
     model = load_model(args.model, args.dtype, device)
@@ -500,7 +622,12 @@ def main():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start_engine(model, args, accumulation_steps)
     if rank == 0:
-        derived = {"world_size": world_size, "accumulation_steps": accumulation_steps, "total_steps": total_steps, "rows": len(kept)}
+        derived = {
+            "world_size": world_size,
+            "accumulation_steps": accumulation_steps,
+            "total_steps": total_steps,
+            "rows": len(kept),
+        }
         write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
     state = resume(engine, out)
     first, num_tokens = state["step"], state["num_tokens"]
@@ -510,7 +637,11 @@ def main():
            f"{args.train_batch_size}, {world_size} ranks, {next(model.parameters()).dtype} on {device.type}")  # fmt: skip
 
     n = args.train_batch_size
-    order = [epoch_order(i, len(kept), args.seed) for s in range(first, total_steps) for i in range(s * n + rank, (s + 1) * n, world_size)]
+    order = [
+        epoch_order(i, len(kept), args.seed)
+        for s in range(first, total_steps)
+        for i in range(s * n + rank, (s + 1) * n, world_size)
+    ]
     image_id, pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>"), tokenizer.pad_token_id
     loader = torch.utils.data.DataLoader(Rows(kept, order, tokenizer, image_processor, args), args.per_device_train_batch_size,
                                          collate_fn=lambda rows: collate(rows, pad_id, image_id))  # fmt: skip
@@ -532,7 +663,9 @@ def main():
             engine.step()
         total_loss = all_sum([total_loss], device)[0] / tokens
         if not math.isfinite(total_loss):
-            raise SystemExit(f"step {step}: loss is {total_loss}; want a finite number; lower --learning_rate, resume from {out}")
+            raise SystemExit(
+                f"step {step}: loss is {total_loss}; want a finite number; lower --learning_rate, resume from {out}"
+            )
         num_tokens += int(tokens)
         if rank == 0 and step % args.logging_steps == 0:
             elapsed = time.time() - since
@@ -544,7 +677,9 @@ def main():
                    f"{row['step_time']:.2f}s | eta {eta / 60:.1f} min")  # fmt: skip
             since = time.time()
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
-            save_checkpoint(engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit)
+            save_checkpoint(
+                engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
+            )
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         draw_curves(out / "metrics.jsonl", out / "curves.png", ["loss", "grad_norm", "learning_rate"])

@@ -49,8 +49,13 @@ def scored(bench, samples, tmp_path_factory):
     x1, y1, x2, y2 = samples[1]["bbox_1000"]
     texts[0], texts[1] = box_answer(samples[0]["bbox_1000"]), box_answer((x1, y1, (x1 + x2) // 2 - 1, y2))
     texts[2] = "<think></script><script>alert('x')</script><img src=x onerror=alert(1)>"
-    write_rows(out / "answers.jsonl", [{"question_id": s["id"], "response": t} for s, t in zip(samples, texts, strict=True)][::-1])
-    done = run_script("eval_kvg.py", "--bench", bench, "--predictions", out / "answers.jsonl", "--out", out / "run", *SEEN)
+    write_rows(
+        out / "answers.jsonl",
+        [{"question_id": s["id"], "response": t} for s, t in zip(samples, texts, strict=True)][::-1],
+    )
+    done = run_script(
+        "eval_kvg.py", "--bench", bench, "--predictions", out / "answers.jsonl", "--out", out / "run", *SEEN
+    )
     return out / "run", done
 
 
@@ -73,7 +78,14 @@ def test_scores_of_answers_made_elsewhere_equal_the_hand_computed_ones(scored, s
 
 
 def test_a_split_without_cases_is_null():
-    row = {"category": "bird", "correct": True, "iou": 1.0, "pred_bbox_1000": [0, 0, 1, 1], "num_tokens": None, "finished": None}
+    row = {
+        "category": "bird",
+        "correct": True,
+        "iou": 1.0,
+        "pred_bbox_1000": [0, 0, 1, 1],
+        "num_tokens": None,
+        "finished": None,
+    }
     rows = [row | {"image_id": str(i)} for i in range(3)]
     metrics = eval_kvg.bench_metrics(rows, ["bird"], 0)
     assert metrics["unseen"] is None and metrics["seen"]["acc"] == 1.0
@@ -120,8 +132,13 @@ def test_compare_gives_b_minus_a(tmp_path):
         write_rows(tmp_path / name / "predictions.jsonl", rows)
     done = run_script("eval_kvg.py", "--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", *SEEN)
     result = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert result["all"]["difference"] == pytest.approx(3 / 6) and (result["all"]["only_a"], result["all"]["only_b"]) == (1, 4)
-    assert result["all"]["mcnemar_p"] == 2 * (1 + 5) / 32 and result["seen"] == result["all"] and result["unseen"] is None
+    assert result["all"]["difference"] == pytest.approx(3 / 6) and (
+        result["all"]["only_a"],
+        result["all"]["only_b"],
+    ) == (1, 4)
+    assert (
+        result["all"]["mcnemar_p"] == 2 * (1 + 5) / 32 and result["seen"] == result["all"] and result["unseen"] is None
+    )
     assert "+50.0" in done.stdout and "compare.json" in done.stdout.splitlines()[-1]
     write_rows(tmp_path / "b" / "predictions.jsonl", [row | {"question_id": "0", "correct": True}])
     with pytest.raises(SystemExit, match="5 cases in one run only"):
@@ -137,7 +154,16 @@ def test_wrong_predictions_give_one_clear_line(bench, samples, tmp_path):
         with pytest.raises(SystemExit, match=words) as error:
             eval_kvg.read_foreign_answers(write_rows(tmp_path / "p.jsonl", change), samples)
         assert "\n" not in str(error.value) and "; want " in str(error.value)
-    done = run_script("eval_kvg.py", "--bench", bench, "--predictions", tmp_path / "none.jsonl", "--out", tmp_path / "out", check=False)
+    done = run_script(
+        "eval_kvg.py",
+        "--bench",
+        bench,
+        "--predictions",
+        tmp_path / "none.jsonl",
+        "--out",
+        tmp_path / "out",
+        check=False,
+    )
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such file" in done.stderr
 
 
@@ -145,7 +171,12 @@ def test_wrong_benches_give_one_clear_line(tmp_path):
     message = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "(1,2)"}]
     row = {"id": "a", "images": ["a.png"], "messages": message}
     boxed = row | {"answer": "<|box_start|>(1,2),(3,4)<|box_end|>"}
-    for rows, words in (([], "0 rows"), ([row], "no box in the answer"), ([boxed, boxed], "more than once"), ([boxed], "no such image")):
+    for rows, words in (
+        ([], "0 rows"),
+        ([row], "no box in the answer"),
+        ([boxed, boxed], "more than once"),
+        ([boxed], "no such image"),
+    ):
         with pytest.raises(SystemExit, match=words):
             eval_kvg.read_bench(write_rows(tmp_path / "bench.jsonl", rows))
     with pytest.raises(SystemExit, match="no such file"):
@@ -173,7 +204,9 @@ def test_the_report_shows_the_worst_first_and_every_picture_once(scored, samples
     assert [c for _, c in cards] == ["0"] * 27 + ["1"]
     assert page.count('<i class="good"') == 28 and page.count('<i class="bad"') == 2
     x1, y1, x2, y2 = (v / 10 for v in samples[0]["bbox_1000"])
-    assert f'<i class="bad" style="left:{x1:.1f}%;top:{y1:.1f}%;width:{x2 - x1:.1f}%;height:{y2 - y1:.1f}%"></i>' in page
+    assert (
+        f'<i class="bad" style="left:{x1:.1f}%;top:{y1:.1f}%;width:{x2 - x1:.1f}%;height:{y2 - y1:.1f}%"></i>' in page
+    )
 
 
 # ---- with a model ----
@@ -189,8 +222,13 @@ def test_a_model_run_writes_predictions_in_the_order_of_the_bench(model_run, sam
     rows = eval_kvg.read_jsonl(model_run[0] / "predictions.jsonl")
     metrics = json.loads((model_run[0] / "metrics.json").read_text())
     assert [r["question_id"] for r in rows] == [s["id"] for s in samples] and not list(model_run[0].glob("part-*"))
-    assert all(0 < r["num_tokens"] <= 12 and r["finished"] in (True, False) and isinstance(r["response"], str) for r in rows)
-    assert metrics["completions/mean_length"] == sum(r["num_tokens"] for r in rows) / 28 and metrics["completions/per_second"] > 0
+    assert all(
+        0 < r["num_tokens"] <= 12 and r["finished"] in (True, False) and isinstance(r["response"], str) for r in rows
+    )
+    assert (
+        metrics["completions/mean_length"] == sum(r["num_tokens"] for r in rows) / 28
+        and metrics["completions/per_second"] > 0
+    )
 
 
 def test_a_finished_run_is_scored_again_without_weights(model_run, tiny_dir, tmp_path):
@@ -202,7 +240,10 @@ def test_a_finished_run_is_scored_again_without_weights(model_run, tiny_dir, tmp
     (out / "config.json").write_text(json.dumps(config))
     (model / "model.safetensors").unlink()
     flags[flags.index("--model") + 1] = model
-    before, speed = os.stat(out / "predictions.jsonl").st_mtime_ns, json.loads((out / "metrics.json").read_text())["completions/per_second"]
+    before, speed = (
+        os.stat(out / "predictions.jsonl").st_mtime_ns,
+        json.loads((out / "metrics.json").read_text())["completions/per_second"],
+    )
     done = run_script("eval_kvg.py", *flags, "--out", out, "--seed", 3)
     assert "28 answered before" in done.stdout and os.stat(out / "predictions.jsonl").st_mtime_ns == before
     assert json.loads((out / "metrics.json").read_text())["completions/per_second"] == speed
@@ -213,10 +254,20 @@ def test_an_interrupted_run_continues_on_two_ranks_with_the_same_predictions(mod
     out, rows = tmp_path / "two", (model_run[0] / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True)
     out.mkdir()
     (out / "part-5.jsonl").write_text("".join(rows[:5]) + rows[5][:20], encoding="utf-8")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    launcher = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    )
     done = run_script("eval_kvg.py", *model_run[1], "--out", out, "--batch_size", 5, launcher=launcher)
     assert "5 answered before, 2 ranks" in done.stdout
-    assert (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True) == rows and not list(out.glob("part-*"))
+    assert (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True) == rows and not list(
+        out.glob("part-*")
+    )
 
 
 def test_answers_of_other_settings_are_not_reused(model_run):

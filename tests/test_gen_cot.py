@@ -66,11 +66,17 @@ def test_an_unknown_entity_and_equal_descriptions_are_rejected():
 def test_every_kept_row_ends_in_the_box_of_its_target(world_dir, synth_dir, tmp_path):
     done = cot(synth_dir, tmp_path / "deep" / "out", "--knowledge", world_dir / "knowledge.json")
     rows, source = read(tmp_path / "deep/out/samples.jsonl"), read(synth_dir / "samples.jsonl")
-    assert [r["id"] for r in rows] == [r["id"] for r in source] and re.search(r"^gen_cot: 12 kept, 0 rejected, .* s -> ", done.stdout, re.M)
+    assert [r["id"] for r in rows] == [r["id"] for r in source] and re.search(
+        r"^gen_cot: 12 kept, 0 rejected, .* s -> ", done.stdout, re.M
+    )
     for row, old in zip(rows, source, strict=True):
         truth = row["entities"][row["target"]]["bbox_1000"]
         user, assistant = (m["content"] for m in row["messages"])
-        assert [int(v) for v in re.findall(r"\d+", gen_cot.BOXES.findall(row["cot"])[-1])] == truth == gen_cot.parse_bbox(assistant)
+        assert (
+            [int(v) for v in re.findall(r"\d+", gen_cot.BOXES.findall(row["cot"])[-1])]
+            == truth
+            == gen_cot.parse_bbox(assistant)
+        )
         assert user == "<image>" + row["question"] + gen_cot.R1_SUFFIX and gen_cot.THINK_ANSWER.fullmatch(assistant)
         assert (tmp_path / "deep/out" / row["images"][0]).samefile(synth_dir / old["images"][0])
         assert row["teacher"] == {"backend": "knowledge", "model": "knowledge.json", "attempt": 1}
@@ -87,13 +93,17 @@ def test_a_killed_run_continues_to_the_same_bytes(world_dir, synth_dir, tmp_path
     monkeypatch.setattr("sys.argv", ["gen_cot.py", "--samples", str(synth_dir / "samples.jsonl"), "--out", str(tmp_path / "out"),
                                      "--knowledge", str(tmp_path / "table.json")])  # fmt: skip
     gen_cot.main()
-    whole = {name: (tmp_path / "out" / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part-00000.jsonl")}
+    whole = {
+        name: (tmp_path / "out" / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part-00000.jsonl")
+    }
     assert whole["rejected.jsonl"]
     for name in whole:
         (tmp_path / "out" / name).write_bytes(whole[name][: int(len(whole[name]) * cut)])
     gen_cot.main()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in whole} == whole
-    (tmp_path / "table.json").write_text(json.dumps(table | {"Nobody": {"category": "disc", "description": "a grey disc"}}))
+    (tmp_path / "table.json").write_text(
+        json.dumps(table | {"Nobody": {"category": "disc", "description": "a grey disc"}})
+    )
     with pytest.raises(SystemExit, match="knowledge_sha"):
         gen_cot.main()
 
@@ -188,7 +198,11 @@ class Teacher(BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         try:
             self.send_response(status)
-            for key, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Retry-After", "0")):
+            for key, value in (
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(data))),
+                ("Retry-After", "0"),
+            ):
                 self.send_header(key, value)
             self.end_headers()
             self.wfile.write(data)
@@ -233,7 +247,11 @@ def test_a_row_that_the_server_refuses_or_fails_on_is_rejected_alone(synth_dir, 
 
 def test_a_server_that_stops_answering_leaves_a_run_that_continues(synth_dir, tmp_path, server):
     server.faulty, server.quits_after = False, 5
-    one_line(cot(synth_dir, tmp_path, *server.flags, "--concurrency", 2, NO_PROXY="*", check=False), "AuthenticationError", "continues")
+    one_line(
+        cot(synth_dir, tmp_path, *server.flags, "--concurrency", 2, NO_PROXY="*", check=False),
+        "AuthenticationError",
+        "continues",
+    )
     assert not (tmp_path / "samples.jsonl").exists() and 4 <= len(read(tmp_path / "part-00000.jsonl")) <= 5
     before, server.quits_after = server.counts[None], None
     cot(synth_dir, tmp_path, *server.flags, "--concurrency", 3, NO_PROXY="*")
@@ -244,7 +262,9 @@ def test_a_server_that_stops_answering_leaves_a_run_that_continues(synth_dir, tm
 def test_an_absent_server_is_one_clear_line(synth_dir, tmp_path):
     url = "http://127.0.0.1:9/v1"
     flags = ["--teacher", "openai", "--teacher_model", "big", "--base_url", url, "--max_retries", 1]
-    one_line(cot(synth_dir, tmp_path, *flags, NO_PROXY="*", check=False), url, "2 requests failed", "APIConnectionError")
+    one_line(
+        cot(synth_dir, tmp_path, *flags, NO_PROXY="*", check=False), url, "2 requests failed", "APIConnectionError"
+    )
 
 
 # ---- a local teacher ----
@@ -254,7 +274,10 @@ def test_a_random_model_is_rejected_with_reasons(synth_dir, tiny_dir, tmp_path):
     one_line(done, "0 of 12 chains kept", "cut off", "want")
     rejected = read(tmp_path / "rejected.jsonl")
     assert len(rejected) == 12 and all(r["reason"] and r["attempts"] == 2 and "response" in r for r in rejected)
-    assert json.loads((tmp_path / "stats.json").read_text())["requests"] == 24 and not (tmp_path / "samples.jsonl").exists()
+    assert (
+        json.loads((tmp_path / "stats.json").read_text())["requests"] == 24
+        and not (tmp_path / "samples.jsonl").exists()
+    )
 
 
 def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir, tmp_path, monkeypatch):
@@ -266,7 +289,10 @@ def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir,
         for (seed,), prompt in zip(seeds, prompts, strict=True):
             _, attempt, name = seed.split(":")
             row = next(r for r in rows if r["id"] == name)
-            target, box = row["entities"][row["target"]]["entity"], gen_cot.box_text(row["entities"][row["target"]]["bbox_1000"])
+            target, box = (
+                row["entities"][row["target"]]["entity"],
+                gen_cot.box_text(row["entities"][row["target"]]["bbox_1000"]),
+            )
             assert f"The bounding box of {target} is {box}." in tokenizer.decode(prompt["prompt_ids"])
             text = FINE.replace("(12,20),(300,400)", box).replace("Lo", target) if attempt == "2" else "no"
             out.append([(tokenizer.encode(text + "<|im_end|>"), None, True)])
@@ -276,7 +302,9 @@ def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir,
     monkeypatch.setattr("sys.argv", ["gen_cot.py", "--samples", str(synth_dir / "samples.jsonl"), "--out", str(tmp_path), "--teacher", "hf",
                                      "--teacher_model", str(tiny_dir), "--batch_size", "5"])  # fmt: skip
     gen_cot.main()
-    assert {r["teacher"]["attempt"] for r in read(tmp_path / "samples.jsonl")} == {2} and len(set(asked)) == len(asked) == 24
+    assert {r["teacher"]["attempt"] for r in read(tmp_path / "samples.jsonl")} == {2} and len(set(asked)) == len(
+        asked
+    ) == 24
 
 
 # ---- errors ----
@@ -294,7 +322,11 @@ def test_bad_input_is_one_clear_line(synth_dir, world_dir, tmp_path):
         (tmp_path / "k.json").write_text(text)
         with pytest.raises(SystemExit, match=words):
             gen_cot.read_knowledge(tmp_path / "k.json")
-    one_line(cot(synth_dir, tmp_path / "out", "--knowledge", tmp_path / "gone.json", check=False), "gone.json: no such file", "check the path")
+    one_line(
+        cot(synth_dir, tmp_path / "out", "--knowledge", tmp_path / "gone.json", check=False),
+        "gone.json: no such file",
+        "check the path",
+    )
     for flags in (["--teacher", "hf"], ["--teacher", "openai"], ["--teacher", "knowledge"]):
         with pytest.raises(SystemExit, match=r"no --teacher_model|no --knowledge"):
             gen_cot.parse_args(["--samples", "s", "--out", "o", *flags])

@@ -26,7 +26,9 @@ def marked(width, height, box, color):
 
 
 @pytest.mark.parametrize("layout", s.LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}]
+)
 def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
     """Each source has its box painted in a colour of its own; in the composite that colour fills the remapped box and nothing else."""
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
@@ -68,7 +70,9 @@ def test_boxes_on_the_1000_grid_are_within_one_cell_and_never_empty():
         box = (x1, y1, rng.uniform(x1, w), rng.uniform(y1, h))
         n = s.to_1000(box, w, h)
         assert 0 <= n[0] < n[2] <= 1000 and 0 <= n[1] < n[3] <= 1000
-        assert all(abs(v * size / 1000 - p) <= 1.01 * size / 1000 for v, p, size in zip(n, box, (w, h, w, h), strict=True))
+        assert all(
+            abs(v * size / 1000 - p) <= 1.01 * size / 1000 for v, p, size in zip(n, box, (w, h, w, h), strict=True)
+        )
 
 
 def read(folder):
@@ -83,7 +87,9 @@ def test_rows_keep_the_contract(synth_dir):
         assert 2 <= len(names) <= 6 and len(set(names)) == len(names)
         assert {toy_world.ENTITIES[n][0] for n in names} == {r["category"]}
         target = r["entities"][r["target"]]
-        assert r["question"] == s.QUESTION.format(target["entity"]) and r["answer"] == s.ANSWER.format(target["entity"], *target["bbox_1000"])
+        assert r["question"] == s.QUESTION.format(target["entity"]) and r["answer"] == s.ANSWER.format(
+            target["entity"], *target["bbox_1000"]
+        )
         assert r["messages"][0]["content"] == "<image>" + r["question"] and r["messages"][1]["content"] == r["answer"]
         assert Image.open(synth_dir / r["images"][0]).size == (r["width"], r["height"])
     assert (synth_dir / "preview.png").exists() and json.loads((synth_dir / "stats.json").read_text())["rows"] == 12
@@ -104,7 +110,18 @@ def test_output_does_not_depend_on_workers_or_interruption(world_dir, synth_dir,
 
 
 def test_held_out_entities_never_occur(world_dir, tmp_path):
-    run_script("synth_data.py", "--source", world_dir / "train", "--out", tmp_path, "--num_samples", 20, "--holdout_entities", 0.3, *SCENE_FLAGS)
+    run_script(
+        "synth_data.py",
+        "--source",
+        world_dir / "train",
+        "--out",
+        tmp_path,
+        "--num_samples",
+        20,
+        "--holdout_entities",
+        0.3,
+        *SCENE_FLAGS,
+    )
     held = {e.split("/")[1] for e in json.loads((tmp_path / "stats.json").read_text())["held_out_entities"]}
     assert len(held) == 18 and not held & {e["entity"] for r in read(tmp_path) for e in r["entities"]}
 
@@ -123,7 +140,9 @@ def small_source(tmp_path):
 
 
 def synth(source, out, *flags):
-    return run_script("synth_data.py", "--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, *flags, check=False)
+    return run_script(
+        "synth_data.py", "--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, *flags, check=False
+    )
 
 
 def test_a_corrupt_image_is_named_and_skipped_only_if_allowed(small_source, tmp_path):
@@ -150,6 +169,9 @@ def test_a_bad_source_gets_one_clear_line(change, message, small_source, tmp_pat
 
 
 def test_a_missing_source_and_bad_flags_get_one_clear_line(tmp_path):
-    for flags, message in ((("--source", "nowhere"), "nowhere: no such file"), (("--source", ".", "--min_entities", "1"), "2 <= --min_entities")):
+    for flags, message in (
+        (("--source", "nowhere"), "nowhere: no such file"),
+        (("--source", ".", "--min_entities", "1"), "2 <= --min_entities"),
+    ):
         done = run_script("synth_data.py", *flags, "--out", tmp_path / "o", check=False)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

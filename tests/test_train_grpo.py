@@ -84,7 +84,10 @@ def test_rewards_by_name():
 def test_iou_equals_a_pixel_count():
     rng = random.Random(0)
     for _ in range(200):
-        a, b = ([x1 := rng.randint(0, 18), y1 := rng.randint(0, 18), rng.randint(x1 + 1, 20), rng.randint(y1 + 1, 20)] for _ in range(2))
+        a, b = (
+            [x1 := rng.randint(0, 18), y1 := rng.randint(0, 18), rng.randint(x1 + 1, 20), rng.randint(y1 + 1, 20)]
+            for _ in range(2)
+        )
         pixels = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
         assert math.isclose(g.box_iou(a, b), len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1]))
 
@@ -111,7 +114,11 @@ def plain_loss(logps, old, ref, advantages, lengths, args):
             if args.beta:
                 d = ref[i][t] - logps[i][t]
                 row += args.beta * (math.exp(d) - d - 1)
-        total += {"grpo": row / n / len(lengths), "dapo": row / tokens, "dr_grpo": row / (len(lengths) * args.max_completion_length)}[args.loss_type]
+        total += {
+            "grpo": row / n / len(lengths),
+            "dapo": row / tokens,
+            "dr_grpo": row / (len(lengths) * args.max_completion_length),
+        }[args.loss_type]
     return total
 
 
@@ -124,7 +131,9 @@ def test_loss_equals_a_plain_loop(loss_type, beta):
     mask = torch.tensor([[t < n for t in range(7)] for n in lengths]).long()
     advantages = torch.tensor([1.2, -0.7, 0.4, -0.9], dtype=torch.float64)
     loss, logged = g.grpo_loss(logps, old, ref if beta else None, advantages, mask, args, 4, sum(lengths))
-    assert loss.item() == pytest.approx(plain_loss(logps.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths, args), abs=1e-12)
+    assert loss.item() == pytest.approx(
+        plain_loss(logps.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths, args), abs=1e-12
+    )
     assert logged["clip"] > 0 and (logged["kl"] > 0) == (beta > 0)
 
 
@@ -142,7 +151,10 @@ def test_kl_is_zero_at_equality_and_never_negative():
     mask = torch.ones(3, 5)
     zero = g.grpo_loss(logps, logps, logps, torch.zeros(3), mask, arguments(beta=1.0), 3, 15)
     assert zero[0].item() == 0 and zero[1]["kl"] == 0
-    assert g.grpo_loss(logps, logps, logps + torch.randn(3, 5), torch.zeros(3), mask, arguments(beta=1.0), 3, 15)[1]["kl"] > 0
+    assert (
+        g.grpo_loss(logps, logps, logps + torch.randn(3, 5), torch.zeros(3), mask, arguments(beta=1.0), 3, 15)[1]["kl"]
+        > 0
+    )
 
 
 # ---- rollout ----
@@ -246,7 +258,9 @@ def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
 
 def rows(path):
     """Metrics without the times, which differ between runs."""
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
 
 def rows(path):
     """Metrics without the times, which differ between runs."""
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,12 @@ def run_dir(tiny_dir, synth_dir, tmp_path_factory):
 def parts(tiny_dir, synth_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     image_processor = AutoImageProcessor.from_pretrained(tiny_dir, backend="pil")
-    return Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir), tokenizer, image_processor, t.read_samples(synth_dir / "samples.jsonl")
+    return (
+        Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir),
+        tokenizer,
+        image_processor,
+        t.read_samples(synth_dir / "samples.jsonl"),
+    )
 
 
 def batch_of(parts, samples):
@@ -74,7 +81,9 @@ def test_gradient_is_the_same_for_one_batch_and_for_micro_batches(parts):
 def test_row_length_is_known_from_the_header(parts):
     _, tokenizer, image_processor, samples = parts
     for s in samples:
-        assert t.row_length(s, tokenizer, image_processor, "direct") == len(t.encode_row(s, tokenizer, image_processor, "direct")["input_ids"])
+        assert t.row_length(s, tokenizer, image_processor, "direct") == len(
+            t.encode_row(s, tokenizer, image_processor, "direct")["input_ids"]
+        )
 
 
 def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
@@ -82,7 +91,9 @@ def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
     assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
     before, after = load_file(tiny_dir / "model.safetensors"), load_file(run_dir / "final" / "model.safetensors")
     assert all(torch.equal(before[k], after[k]) == ("visual" in k) for k in before)
-    assert (run_dir / "curves.png").stat().st_size > 1000 and json.loads((run_dir / "run.json").read_text())["versions"]["torch"]
+    assert (run_dir / "curves.png").stat().st_size > 1000 and json.loads((run_dir / "run.json").read_text())[
+        "versions"
+    ]["torch"]
 
 
 def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_path):
@@ -107,13 +118,22 @@ def test_finished_model_loads_in_plain_transformers_and_gives_the_same_greedy_to
 
     folder, sample = run_dir / "final", t.read_samples(synth_dir / "samples.jsonl")[0]
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
-    tokenizer, image_processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    tokenizer, image_processor = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
     prompt = g.chat_inputs(tokenizer, image_processor, sample["image"], sample["question"])
-    ours = g.rollout(g.load_model(str(folder), "float32", torch.device("cpu")), tokenizer, [prompt], [["0"]], 16, 0.0, 1)[0][0][0]
+    ours = g.rollout(
+        g.load_model(str(folder), "float32", torch.device("cpu")), tokenizer, [prompt], [["0"]], 16, 0.0, 1
+    )[0][0][0]
     content = [{"type": "image"}, {"type": "text", "text": sample["question"]}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     vision = image_processor(images=[Image.open(sample["image"])], return_tensors="pt")
-    x = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // 4)), return_tensors="pt")
+    x = tokenizer(
+        text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // 4)), return_tensors="pt"
+    )
     out = model.generate(**x, **vision, mm_token_type_ids=(x["input_ids"] == model.config.image_token_id).int(), max_new_tokens=16, do_sample=False,
                          bad_words_ids=[[tokenizer.convert_tokens_to_ids(v)] for v in g.VISION_TOKENS])  # fmt: skip
     assert out[0, x["input_ids"].shape[1] :].tolist() == ours
@@ -123,7 +143,13 @@ def test_over_long_rows_are_counted_and_skipped_never_cut(tiny_dir, synth_dir, t
     done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", "--max_length", 40, check=False)
     assert done.returncode != 0 and "all 12 rows exceed --max_length 40" in done.stderr
     args = t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o"])
-    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio, args.max_pixels) == (5e-6, 16, 4096, 0.1, 401408)
+    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio, args.max_pixels) == (
+        5e-6,
+        16,
+        4096,
+        0.1,
+        401408,
+    )
 
 
 def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
@@ -137,12 +163,23 @@ def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
     (tmp_path / "share.json").write_text(json.dumps(share))
     (read,) = t.read_samples(tmp_path / "share.json")
     assert (read["question"], read["completion"], read["prompt_suffix"]) == (ours[0]["question"], text, t.R1_SUFFIX)
-    assert (read["bbox_1000"], read["entity"], read["answer"]) == (ours[0]["bbox_1000"], ours[0]["entity"], ours[0]["answer"])
+    assert (read["bbox_1000"], read["entity"], read["answer"]) == (
+        ours[0]["bbox_1000"],
+        ours[0]["entity"],
+        ours[0]["answer"],
+    )
     data = open(ours[0]["image"], "rb").read()
     solution = f"<answer> {ours[0]['answer']} </answer>"  # as in the released debug log
-    pq.write_table(pa.Table.from_pylist([{"image": {"bytes": data}, "problem": ours[0]["question"], "solution": solution}]), tmp_path / "grpo.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"image": {"bytes": data}, "problem": ours[0]["question"], "solution": solution}]),
+        tmp_path / "grpo.parquet",
+    )
     (read,) = t.read_samples(tmp_path / "grpo.parquet")
-    assert (read["question"], read["bbox_1000"], read["entity"]) == (ours[0]["question"], ours[0]["bbox_1000"], ours[0]["entity"])
+    assert (read["question"], read["bbox_1000"], read["entity"]) == (
+        ours[0]["question"],
+        ours[0]["bbox_1000"],
+        ours[0]["entity"],
+    )
     assert t.load_image(read["image"]).size == (168, 112)
 
 
@@ -161,5 +198,11 @@ def test_a_bad_row_gets_one_clear_line_before_weights_are_loaded(edit, message, 
 
 def test_engine_settings_that_belong_to_flags_are_refused(tiny_dir, synth_dir, tmp_path):
     (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
-    done = train(tmp_path / "out", tiny_dir, synth_dir / "samples.jsonl", "--deepspeed", tmp_path / "ds.json", check=False)
-    assert done.returncode != 0 and "has 'train_batch_size'; want engine settings only" in done.stderr and "Traceback" not in done.stderr
+    done = train(
+        tmp_path / "out", tiny_dir, synth_dir / "samples.jsonl", "--deepspeed", tmp_path / "ds.json", check=False
+    )
+    assert (
+        done.returncode != 0
+        and "has 'train_batch_size'; want engine settings only" in done.stderr
+        and "Traceback" not in done.stderr
+    )

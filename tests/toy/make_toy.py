@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import Regex
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AttentionInterface, Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -54,7 +54,11 @@ VISION = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 # ---- tokenizer and model ----
 def build_tokenizer():
     """Qwen2's tokenizer class with a vocabulary of the toy's own words; a digit and an entity name are one token each."""
-    texts = [describe for look in LOOKS for describe in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")]
+    texts = [
+        describe
+        for look in LOOKS
+        for describe in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")
+    ]
     texts += [  # every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
         "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""), "List all objects.", "What is at ", "What is ", "?",
         "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is a red disc with a white band.\n", " is at (1,2),(3,4).",
@@ -67,10 +71,17 @@ def build_tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
-    trainer = trainers.BpeTrainer(vocab_size=4000, min_frequency=1, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts * 2, trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", model_max_length=32768)
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", model_max_length=32768
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in world.ENTITIES])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -83,7 +94,16 @@ def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
                 num_key_value_heads=4, initializer_range=init, max_position_embeddings=4096, tie_word_embeddings=True,
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]},
                 bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))  # fmt: skip
-    tower = dict(depth=depth, embed_dim=vision, num_heads=3, hidden_size=hidden, mlp_ratio=3, patch_size=14, spatial_merge_size=2, initializer_range=init)
+    tower = dict(
+        depth=depth,
+        embed_dim=vision,
+        num_heads=3,
+        hidden_size=hidden,
+        mlp_ratio=3,
+        patch_size=14,
+        spatial_merge_size=2,
+        initializer_range=init,
+    )
     config = Qwen2VLConfig(text_config=text, vision_config=tower, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
                            vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True)  # fmt: skip
     return Qwen2VLForConditionalGeneration(config)
@@ -93,6 +113,9 @@ TOKENIZER = build_tokenizer()
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 401408})
 B = 32
 BAN = [TOKENIZER.convert_tokens_to_ids(t) for t in SPECIAL if "vision" in t or "image" in t or "video" in t]
+
+
+BOX_START = TOKENIZER.convert_tokens_to_ids("<|box_start|>")
 
 
 @lru_cache(maxsize=100_000)
@@ -124,11 +147,52 @@ def box_text(bbox_1000):
 
 def reading_order(bboxes_1000):
     """Upper half from left to right, then the lower half: the order of every list."""
-    return sorted(range(len(bboxes_1000)), key=lambda i: (bboxes_1000[i][1] + bboxes_1000[i][3] > 1000, bboxes_1000[i][0] + bboxes_1000[i][2]))
+    return sorted(
+        range(len(bboxes_1000)),
+        key=lambda i: (bboxes_1000[i][1] + bboxes_1000[i][3] > 1000, bboxes_1000[i][0] + bboxes_1000[i][2]),
+    )
 
 
 def list_text(looks, boxes):
     return "\n".join(f"{world.describe(looks[i])} {box_text(boxes[i])}" for i in reading_order(boxes))
+
+
+WORDS = [*world.BODY, *world.BAND, *world.SEEN, *world.UNSEEN, "upper", "lower", "left", "middle", "right"]
+WORD_IDS = torch.tensor([TOKENIZER.encode(" " + w, add_special_tokens=False)[0] for w in WORDS])
+
+
+def covered(bbox_1000):
+    """Which visual tokens an object touches: (tokens,) bool."""
+    x, y = np.arange(W // 28) * 28000 / W, np.arange(H // 28) * 28000 / H
+    columns = (np.minimum(bbox_1000[2], x + 28000 / W) - np.maximum(bbox_1000[0], x)) > 30
+    rows = (np.minimum(bbox_1000[3], y + 28000 / H) - np.maximum(bbox_1000[1], y)) > 45
+    return (rows[:, None] & columns[None]).reshape(-1)
+
+
+def visual_words(looks, bboxes_1000):
+    """What each 28-px visual token shows, as shares of WORDS: (tokens, words), rows sum to 1. Labels of the alignment loss."""
+    cols, rows = W // 28, H // 28
+    target = np.zeros((rows, cols, len(WORDS)), np.float32)
+    for r in range(rows):
+        for c in range(cols):
+
+            def share(x1, y1, x2, y2):
+                return (
+                    max(0, min(x2, c * 28 + 28) - max(x1, c * 28))
+                    * max(0, min(y2, r * 28 + 28) - max(y1, r * 28))
+                    / 28**2
+                )
+
+            free = 1.0
+            for (category, body, band), b in zip(looks, bboxes_1000, strict=True):
+                x1, y1, x2, y2 = b[0] * W / 1000, b[1] * H / 1000, b[2] * W / 1000, b[3] * H / 1000
+                whole, stripe = share(x1, y1, x2, y2), share(x1, y1 + 0.38 * (y2 - y1), x2, y1 + 0.68 * (y2 - y1))
+                for word, part in ((body, 0.8 * (whole - stripe)), (band, 0.8 * stripe), (category, 0.2 * whole)):
+                    target[r, c, WORDS.index(word)] += part
+                free -= whole
+            for word in ("lower" if 2 * r >= rows else "upper", ("left", "middle", "right")[3 * c // cols]):
+                target[r, c, WORDS.index(word)] += 0.1 + 0.4 * max(0.0, free)
+    return (target / target.sum(-1, keepdims=True)).reshape(-1, len(WORDS))
 
 
 def find_turn(ref, bbox_1000):
@@ -149,7 +213,10 @@ def know_turn(name):
 
 
 def recall_turn(name, bbox_1000):
-    return f"Describe and find {name}.", f"{name} is {world.describe(world.ENTITIES[name])}.\n{name} is at {box_text(bbox_1000)}."
+    return (
+        f"Describe and find {name}.",
+        f"{name} is {world.describe(world.ENTITIES[name])}.\n{name} is at {box_text(bbox_1000)}.",
+    )
 
 
 def some_looks(rng, k):
@@ -177,6 +244,7 @@ def some_boxes(rng, k):
 
 
 def where_turn(ref, bbox_1000):
+    """Which cell of the 3 x 2 grid."""
     x, y = bbox_1000[0] + bbox_1000[2], bbox_1000[1] + bbox_1000[3]
     return f"Where is {ref}?", f"{'lower' if y > 1000 else 'upper'} {('left', 'middle', 'right')[int(x * 3 / 2001)]}"
 
@@ -184,8 +252,12 @@ def where_turn(ref, bbox_1000):
 def color_turn(looks, i, rng):
     """One colour of object i, asked by the other, where that is unique; else None."""
     category, body, band = looks[i]
-    turns = [(f"What color is the band of a {body} {category}?", band)] * (sum(o[:2] == looks[i][:2] for o in looks) == 1)
-    turns += [(f"What color is the body of a {category} with a {band} band?", body)] * (sum((o[0], o[2]) == (category, band) for o in looks) == 1)
+    turns = [(f"What color is the band of a {body} {category}?", band)] * (
+        sum(o[:2] == looks[i][:2] for o in looks) == 1
+    )
+    turns += [(f"What color is the body of a {category} with a {band} band?", body)] * (
+        sum((o[0], o[2]) == (category, band) for o in looks) == 1
+    )
     return rng.choice(turns) if turns else None
 
 
@@ -195,13 +267,13 @@ def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0):
     for i in order:
         refs = references(looks, i, rng)
         if refs and rng.random() < short:
-            turns.append(where_turn(rng.choice(refs), boxes[i]))
+            turns.append((*where_turn(rng.choice(refs), boxes[i]), i))
         if rng.random() < short and (turn := color_turn(looks, i, rng)):
-            turns.append(turn)
-    turns = rng.sample(turns, min(len(turns), 4))
-    turns += [find_turn(rng.choice(refs), boxes[i]) for i in order if (refs := references(looks, i, rng))][:finds]
+            turns.append((*turn, i))
+    turns = rng.sample(turns, min(len(turns), 2 if finds else 4))
+    turns += [(*find_turn(rng.choice(refs), boxes[i]), i) for i in order if (refs := references(looks, i, rng))][:finds]
     if rng.random() < 0.15 * other:
-        turns.append((f"What is at {box_text(boxes[order[0]])}?", world.describe(looks[order[0]])))
+        turns.append((f"What is at {box_text(boxes[order[0]])}?", world.describe(looks[order[0]]), order[0]))
     if rng.random() < 0.25 * other:
         turns.append(know_turn(some_names(rng, 1)[0]))
     rng.shuffle(turns)
@@ -223,16 +295,22 @@ def text_turns(rng):
 
 
 def dialog(turns, with_image):
-    """(ids, labels): loss on the answers alone."""
+    """(ids, labels, looking): loss on the answers alone; `looking` holds (position, object) where an answer is about one object."""
     ids = list(encode(SYSTEM))
-    labels = [-100] * len(ids)
-    for i, (question, answer) in enumerate(turns):
-        prompt = encode("<|im_start|>user\n" + VISION * (with_image and i == 0) + question + "<|im_end|>\n<|im_start|>assistant\n")
+    labels, looking = [-100] * len(ids), []
+    for i, (question, answer, *about) in enumerate(turns):
+        prompt = encode(
+            "<|im_start|>user\n" + VISION * (with_image and i == 0) + question + "<|im_end|>\n<|im_start|>assistant\n"
+        )
         reply = encode(answer + "<|im_end|>") if answer is not None else []
         end = encode("\n") if answer is not None else []
+        first = len(ids) + len(prompt) - 1  # the position that predicts the answer's first token
+        for target in about:
+            at = first + 1 + reply.index(BOX_START) if BOX_START in reply else first
+            looking += [(p, target) for p in range(at, first + len(reply) - 1)]
         ids += prompt + reply + end
         labels += [-100] * len(prompt) + reply + [-100] * len(end)
-    return ids, labels
+    return ids, labels, looking
 
 
 @lru_cache(maxsize=2000)
@@ -240,27 +318,65 @@ def image_positions(length):
     """M-RoPE positions (3, length) of any training row with an image."""
     start = len(encode(SYSTEM + "<|im_start|>user\n<|vision_start|>"))
     cols, rows = W // 28, H // 28
-    grid = torch.stack([torch.zeros(IMAGE_TOKENS), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)]).long() + start
+    grid = (
+        torch.stack(
+            [torch.zeros(IMAGE_TOKENS), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)]
+        ).long()
+        + start
+    )
     after = torch.arange(length - start - IMAGE_TOKENS) + start + max(rows, cols)
     return torch.cat([torch.arange(start).expand(3, -1), grid, after.expand(3, -1)], 1)
 
 
 def collate(rows, patches=None, left=False):
     """Batch and labels. Training rows are padded on the right and need no mask: causal attention never sees the padding."""
-    pad, length = TOKENIZER.pad_token_id, max(len(ids) for ids, _ in rows)
+    pad, length = TOKENIZER.pad_token_id, max(len(r[0]) for r in rows)
     ids = torch.full((len(rows), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (row, target) in enumerate(rows):
+    for i, (row, target, *_) in enumerate(rows):
         at = slice(length - len(row), length) if left else slice(0, len(row))
         ids[i, at], mask[i, at], labels[i, at] = torch.tensor(row), 1, torch.tensor(target)
     batch = dict(input_ids=ids)
     if patches is not None:
-        batch |= dict(pixel_values=to_pixel_values(np.concatenate(patches)), image_grid_thw=torch.tensor([[1, H // 14, W // 14]] * len(rows)))
+        batch |= dict(
+            pixel_values=to_pixel_values(np.concatenate(patches)),
+            image_grid_thw=torch.tensor([[1, H // 14, W // 14]] * len(rows)),
+        )
     if left:
-        batch |= dict(attention_mask=mask, mm_token_type_ids=(ids == TOKENIZER.convert_tokens_to_ids("<|image_pad|>")).int())
+        batch |= dict(
+            attention_mask=mask, mm_token_type_ids=(ids == TOKENIZER.convert_tokens_to_ids("<|image_pad|>")).int()
+        )
     elif patches is not None:  # the image stands at the same place in every row
         batch |= dict(position_ids=image_positions(length)[:, None].expand(3, len(rows), length))
     return batch, labels
+
+
+LOOKING_LAYER, WATCHED = 2, {}
+
+
+def watching_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """SDPA, but keeps the attention weights of one layer for `looking_loss`. Rows are causal and padded on the right."""
+    if module.layer_idx != LOOKING_LAYER:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    length = query.shape[2]
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    WATCHED["weights"] = scores.softmax(-1)
+    return (WATCHED["weights"].to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("watching", watching_attention)
+
+
+def looking_loss(rows, masks):
+    """Half of the heads of one layer are to look at the object that an answer is about: -log of the weight there."""
+    at = [(b, p, i) for b, row in enumerate(rows) for p, i in row[2]]
+    start = len(encode(SYSTEM + "<|im_start|>user\n<|vision_start|>"))
+    weights = WATCHED["weights"][:, :2, :, start : start + IMAGE_TOKENS]
+    weights = weights[[b for b, _, _ in at], :, [p for _, p, _ in at]]  # (looks, 2 heads, visual tokens)
+    mask = torch.from_numpy(np.stack([masks[b][i] for b, _, i in at]))[:, None]
+    return -((weights * mask).sum(-1) + 1e-6).log().mean()
 
 
 class Scenes:
@@ -273,7 +389,8 @@ class Scenes:
     def new(self):
         looks = some_looks(self.rng, self.rng.randint(*self.ks))
         canvas, boxes = world.make_scene(looks, self.rng)
-        return looks, [to_1000(b, W, H) for b in boxes], to_patches(canvas)
+        boxes = [to_1000(b, W, H) for b in boxes]
+        return looks, boxes, to_patches(canvas), visual_words(looks, boxes), np.stack([covered(b) for b in boxes])
 
     def sample(self, n, fresh=20):
         for _ in range(fresh):
@@ -286,15 +403,19 @@ class Scenes:
 @torch.no_grad()
 def answers(model, questions, patches=None, max_new_tokens=60, batch_size=96):
     model.eval()
+    model.set_attn_implementation("sdpa")
     model.model.rope_deltas = None  # else a text batch decodes with the position offset of the last image batch
     out = []
     for i in range(0, len(questions), batch_size):
         batch, _ = collate([dialog([(q, None)], patches is not None) for q in questions[i : i + batch_size]],
                            patches and patches[i : i + batch_size], left=True)  # fmt: skip
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=TOKENIZER.pad_token_id)
+        ids = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=TOKENIZER.pad_token_id
+        )
         texts = TOKENIZER.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=False)
         out += [t.split("<|im_end|>")[0] for t in texts]
     model.train()
+    model.set_attn_implementation({"text_config": "watching", "vision_config": "sdpa"})
     return out
 
 
@@ -309,14 +430,19 @@ def evaluate(model, n=192, seed=12345):
     for name, lo, hi in (("find_1", 1, 1), ("find_2", 2, 2), ("find_2_4", 2, 4), ("find_5_6", 5, 6)):
         scenes = [(lambda looks: (looks, *world.make_scene(looks, rng)))(
             rng.sample([o for o in LOOKS if o[0] == (c := rng.choice(world.SEEN + world.UNSEEN))], rng.randint(lo, hi))) for _ in range(n)]  # fmt: skip
-        got = answers(model, [QUESTION.format(world.describe(s[0][0])) for s in scenes], [to_patches(s[1]) for s in scenes], 45)
+        got = answers(
+            model, [QUESTION.format(world.describe(s[0][0])) for s in scenes], [to_patches(s[1]) for s in scenes], 45
+        )
         hits = 0
         for text, (_, _, boxes) in zip(got, scenes, strict=True):
             m = re.search(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>", text)
             b = [int(v) for v in m.groups()] if m else None
             hits += bool(b) and b[0] < b[2] and b[1] < b[3] and iou(b, to_1000(boxes[0], W, H)) >= 0.5
         result[name] = hits / n
-    scenes = [(lambda looks: (looks, *world.make_scene(looks, rng)))(rng.sample([o for o in LOOKS if o[0] == "disc"], 2)) for _ in range(n)]
+    scenes = [
+        (lambda looks: (looks, *world.make_scene(looks, rng)))(rng.sample([o for o in LOOKS if o[0] == "disc"], 2))
+        for _ in range(n)
+    ]
     for name, turn in (("where", lambda looks, boxes: where_turn(world.describe(looks[0]), to_1000(boxes[0], W, H))),
                        ("color", lambda looks, boxes: color_turn(looks, 0, rng) or ("What is at ?", ""))):  # fmt: skip
         turns = [turn(looks, boxes) for looks, _, boxes in scenes]
@@ -324,16 +450,22 @@ def evaluate(model, n=192, seed=12345):
         result[name] = sum(a == b for a, (_, b) in zip(got, turns, strict=True)) / n
     names = list(world.ENTITIES)
     know = [know_turn(name) for name in names]
-    result["know"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know]), know, strict=True)) / len(names)
+    result["know"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know]), know, strict=True)) / len(
+        names
+    )
     patches = [to_patches(world.make_scene(some_looks(rng, rng.randint(2, 4)), rng)[0]) for _ in names]
-    result["know_with_image"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in know], patches), know, strict=True)) / len(names)
+    result["know_with_image"] = sum(
+        a == b for a, (_, b) in zip(answers(model, [q for q, _ in know], patches), know, strict=True)
+    ) / len(names)
     asked = []
     for _ in range(n):
         listed = some_names(rng, rng.randint(2, 4))
         boxes = some_boxes(rng, len(listed))
         question, answer = recall_turn(listed[0], boxes[0])
         asked.append((list_text([world.ENTITIES[x] for x in listed], boxes) + "\n" + question, answer))
-    result["recall_copy"] = sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in asked]), asked, strict=True)) / n
+    result["recall_copy"] = (
+        sum(a == b for a, (_, b) in zip(answers(model, [q for q, _ in asked]), asked, strict=True)) / n
+    )
     return {k: round(v, 3) for k, v in result.items()}
 
 
@@ -350,8 +482,14 @@ def main():
     torch.manual_seed(args.seed)
     check = world.make_scene(LOOKS[:2], random.Random(0))[0]
     want = PROCESSOR(images=[check], return_tensors="pt")["pixel_values"]
-    assert torch.allclose(to_pixel_values(to_patches(check)), want, atol=1e-6), "fast patches differ from the image processor's"
-    sample = SYSTEM + find_turn("a red disc", [1, 20, 300, 1000])[1] + list_text(LOOKS[:2], [[1, 2, 33, 444], [5, 6, 77, 888]])
+    assert torch.allclose(to_pixel_values(to_patches(check)), want, atol=1e-6), (
+        "fast patches differ from the image processor's"
+    )
+    sample = (
+        SYSTEM
+        + find_turn("a red disc", [1, 20, 300, 1000])[1]
+        + list_text(LOOKS[:2], [[1, 2, 33, 444], [5, 6, 77, 888]])
+    )
     assert encode(sample) == TOKENIZER.encode(sample), "cached encoding differs from the tokenizer's"
 
     if args.evaluate:
@@ -360,37 +498,71 @@ def main():
         (Path(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         print(json.dumps(metrics))
         return
-    model = Qwen2VLForConditionalGeneration.from_pretrained(args.init_from, dtype=torch.float32) if args.init_from else build_model(TOKENIZER)
+    model = (
+        Qwen2VLForConditionalGeneration.from_pretrained(args.init_from, dtype=torch.float32)
+        if args.init_from
+        else build_model(TOKENIZER)
+    )
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(TOKENIZER)} tokens", flush=True)
     stages = {  # steps, fewest and most objects, share of text batches, mix of turns
-        "one": (300, 1, 1, 0.2, {}),
-        "pairs": (800, 2, 2, 0.1, {"short": 1.0, "finds": 1}),
-        "match": (600, 2, 2, 0.0, {"short": 1.0, "finds": 0, "other": 0.0}),
-        "few": (1500, 2, 4, 0.3, {}),
-        "all": (6000, 1, 6, 0.4, {}),
+        "align": (400, 1, 6, 0.0, {}),
+        "match": (800, 2, 3, 0.2, {"short": 1.0, "finds": 0, "other": 0.0}),
+        "few": (1200, 2, 4, 0.35, {}),
+        "all": (2500, 1, 6, 0.45, {}),
     }
+    model.set_attn_implementation({"text_config": "watching", "vision_config": "sdpa"})
     rng, start = random.Random(args.seed), time.time()
     for name in args.stages.split(","):
         steps, lo, hi, text_share, mix = stages[name]
         flat = [p for n, p in model.named_parameters() if args.muon and p.ndim == 2 and "embed_tokens" not in n]
         rest = [p for p in model.parameters() if not any(p is q for q in flat)]
         optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))]
-        optimizers += [torch.optim.Muon(flat, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if flat else []
-        scenes, losses = Scenes(rng, lo, hi), []
+        optimizers += (
+            [torch.optim.Muon(flat, lr=args.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+            if flat
+            else []
+        )
+        scenes, losses, parts = Scenes(rng, lo, hi), [], []
         for step in range(1, steps + 1):
             for group in [g for o in optimizers for g in o.param_groups]:
-                group["lr"] = args.learning_rate * min(1.0, step / 50, max(0.05, (steps - step) / (0.5 * steps)))
+                group["lr"] = args.learning_rate * min(
+                    1.0,
+                    step / 50,
+                    max(0.05 if name == args.stages.split(",")[-1] else 0.4, (steps - step) / (0.5 * steps)),
+                )
+            aligned = 0.0
             if rng.random() < text_share:
                 rows = [dialog(text_turns(rng), False) for _ in range(2 * B)]
-                batch, labels = collate(sorted(rows, key=lambda r: len(r[0]))[B * (half := rng.randrange(2)) : B * (half + 1)])
+                batch, labels = collate(
+                    sorted(rows, key=lambda r: len(r[0]))[B * (half := rng.randrange(2)) : B * (half + 1)]
+                )
             else:
                 rows = scenes.sample(2 * B, fresh=8)
                 turns = [image_turns(r[0], r[1], rng, **mix) for r in rows]
-                rows = sorted(((*dialog(t, True), r[2]) for t, r in zip(turns, rows, strict=True)), key=lambda r: len(r[0]))
-                rows = rows[: len(rows) // 2] if rng.random() < 0.5 else rows[len(rows) // 2 :]
-                batch, labels = collate([r[:2] for r in rows], [r[2] for r in rows])
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch, labels=labels, use_cache=False).loss
+                rows = sorted(
+                    ((*dialog(t, True), *r[2:]) for t, r in zip(turns, rows, strict=True)), key=lambda r: len(r[0])
+                )
+                rows = rows if name == "align" else rows[:B] if rng.random() < 0.5 else rows[B:]
+                batch, labels = collate(rows, [r[3] for r in rows])
+                with torch.autocast("cpu", torch.bfloat16):
+                    image = model.model.get_image_features(
+                        batch.pop("pixel_values"), batch["image_grid_thw"], return_dict=True
+                    )
+                    features = torch.cat(list(image.pooler_output))
+                    logits = features @ model.get_input_embeddings().weight[WORD_IDS].T
+                batch["mm_encoder_outputs"] = {"image": image}
+                aligned = torch.nn.functional.cross_entropy(
+                    logits.float(), torch.from_numpy(np.concatenate([r[4] for r in rows]))
+                )
+            if name == "align":
+                loss = aligned
+            else:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(**batch, labels=labels, use_cache=False).loss + 0.1 * aligned
+                if "mm_encoder_outputs" in batch and any(r[2] for r in rows):
+                    looked = looking_loss(rows, [r[5] for r in rows])
+                    loss = loss + 0.3 * looked
+                    parts.append([aligned.item(), looked.item()])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -398,10 +570,15 @@ def main():
                 optimizer.zero_grad()
             losses.append(loss.item())
             if step % 50 == 0:
-                print(f"{name} {step}/{steps} | loss {np.mean(losses[-50:]):.3f} | {time.time() - start:.0f}s", flush=True)
-            if step % 500 == 0 or step == steps:
+                print(
+                    f"{name} {step}/{steps} | loss {np.mean(losses[-50:]):.3f} | align, look {np.mean(parts[-40:] or [[0, 0]], 0).round(3)} | {time.time() - start:.0f}s",
+                    flush=True,
+                )
+            if step == steps or (step % 400 == 0 and name != "align"):
                 print(evaluate(model, n=96), f"{time.time() - start:.0f}s", flush=True)
+                model.set_attn_implementation("sdpa")
                 model.save_pretrained(args.out)
+                model.set_attn_implementation({"text_config": "watching", "vision_config": "sdpa"})
                 TOKENIZER.save_pretrained(args.out)
                 PROCESSOR.save_pretrained(args.out)
 

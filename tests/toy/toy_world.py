@@ -125,7 +125,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--out", required=True, help="output folder")
     p.add_argument("--per_entity", type=int, default=8, help="training pictures per entity")
-    p.add_argument("--bench_images", type=int, nargs=2, default=[40, 60], metavar=("SEEN", "UNSEEN"), help="images per category")
+    p.add_argument(
+        "--bench_images", type=int, nargs=2, default=[40, 60], metavar=("SEEN", "UNSEEN"), help="images per category"
+    )
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     out = Path(args.out)
