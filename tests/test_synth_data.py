@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import synth_data as s
 import toy_world
 from conftest import SCENE_FLAGS, run_script
 from PIL import Image
+
+import synth_data as s
 
 
 def settings(**changes):

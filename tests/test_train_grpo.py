@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train_grpo as g
 from conftest import run_script
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+import train_grpo as g
 
 BOX = "<|box_start|>(10,20),(300,400)<|box_end|>"
 GOOD = f"<think>it is red</think> <answer><|object_ref_start|>X<|object_ref_end|>{BOX}</answer>"

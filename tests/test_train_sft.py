@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-import train_sft as t
 from conftest import run_script
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+
+import train_sft as t
 
 
 def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
