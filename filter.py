@@ -4,11 +4,11 @@ reads   --samples: samples.jsonl of gen_cot.py (cot) or synth_data.py (grpo, wit
 writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo also pass_rate.png and mastery.json
 
   smoke    python filter.py --stage cot --samples runs/toy/cot/samples.jsonl --out runs/cot_kept
-  1 GPU    python filter.py --stage grpo --model runs/cot_sft/final --samples runs/synth2/samples.jsonl --out runs/grpo_data
+  1 GPU    python filter.py --stage grpo --model runs/cot_sft/final --samples runs/synth2/samples.jsonl --out ...
   8 GPUs   torchrun --nproc_per_node 8 filter.py --stage grpo --model ... --samples ... --out runs/grpo_data
 
-The paper (arXiv 2503.12797) rolls the stage-1 model out 4 times per sample and drops 4/4 (trivial) and 0/4 (too hard); its
-threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It describes no filter for chains.
+The paper (arXiv 2503.12797) rolls the stage-1 model out 4 times per sample and drops 4/4 (trivial) and 0/4 (too hard).
+Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It has no filter for chains.
 """
 
 import argparse
@@ -121,8 +121,10 @@ def same_config(out, args, ignore=()):
         old = json.loads(path.read_text(encoding="utf-8"))
         for key, value in now.items():
             if json.loads(json.dumps(value)) != old.get(key):
-                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
-                                 "give another output folder or delete this one")  # fmt: skip
+                raise SystemExit(
+                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    "give another output folder or delete this one"
+                )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
@@ -226,7 +228,7 @@ def read_samples(path):
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
                 raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
                 )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
@@ -247,9 +249,21 @@ def read_samples(path):
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
-        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
-                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
-                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+        samples.append(
+            {
+                "id": r["id"],
+                "image": image,
+                "image_id": image_id,
+                "question": r["question"],
+                "answer": r["answer"],
+                "bbox_1000": bbox_1000,
+                "entity": entity.group(1) if entity else None,
+                "category": r.get("category"),
+                "completion": completion,
+                "prompt_suffix": suffix,
+                "row": r,
+            }
+        )
     return samples
 
 
@@ -280,7 +294,7 @@ def load_image(image):
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend the row"
         ) from None
 
 
@@ -329,7 +343,7 @@ def check_model(path):
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    """Qwen2-VL with flash-attn 2 where CUDA has it, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
@@ -371,7 +385,7 @@ def answer_text(text, mode="r1"):
 def parse_bbox(text, mode="r1"):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
-    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
     The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
     Nothing is reordered, clipped or rescaled.
     """
@@ -506,7 +520,7 @@ def completion_text(tokenizer, ids):
 
 # ---- rules for chains of thought ----
 def broken_rule(sample, seen, args):
-    """Name of the first rule that a row's chain breaks, or None. `seen` holds (image, text) pairs met so far; it grows."""
+    """Name of the first rule that a row's chain breaks, or None. `seen` holds the (image, text) met so far; it grows."""
     text, gt = sample["completion"] or "", sample["bbox_1000"]
     match = THINK_ANSWER.fullmatch(text.strip())
     if not match:
@@ -559,7 +573,7 @@ def draw_pass_rates(rates, k, kept, path):
 
 
 def measure_pass_rates(samples, args, out):
-    """{id: correct of k}, by rollouts of the model; every rank appends what it finished, so that a killed run goes on."""
+    """{id: correct of k} by rollouts of the model; every rank appends what it finished, so that a killed run goes on."""
     check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
@@ -599,13 +613,9 @@ def main():
     samples, out, rank = read_samples(args.samples), Path(args.out), 0
     ids = [s["id"] for s in samples]
     if len(set(ids)) < len(ids):
-        raise SystemExit(
-            f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids; rerun the stage before"
-        )
+        raise SystemExit(f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids")
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None or "images" not in s["row"]]:
-        raise SystemExit(
-            f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py; rerun that stage"
-        )
+        raise SystemExit(f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py")
     kept, rejected, stats = [], [], {}
     if args.stage == "cot":
         seen = set()

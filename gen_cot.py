@@ -196,8 +196,10 @@ def same_config(out, args, ignore=()):
         old = json.loads(path.read_text(encoding="utf-8"))
         for key, value in now.items():
             if json.loads(json.dumps(value)) != old.get(key):
-                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
-                                 "give another output folder or delete this one")  # fmt: skip
+                raise SystemExit(
+                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    "give another output folder or delete this one"
+                )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
@@ -301,7 +303,7 @@ def read_samples(path):
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
                 raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
                 )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
@@ -322,9 +324,21 @@ def read_samples(path):
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
-        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
-                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
-                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+        samples.append(
+            {
+                "id": r["id"],
+                "image": image,
+                "image_id": image_id,
+                "question": r["question"],
+                "answer": r["answer"],
+                "bbox_1000": bbox_1000,
+                "entity": entity.group(1) if entity else None,
+                "category": r.get("category"),
+                "completion": completion,
+                "prompt_suffix": suffix,
+                "row": r,
+            }
+        )
     return samples
 
 
@@ -355,7 +369,7 @@ def load_image(image):
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend the row"
         ) from None
 
 
@@ -413,7 +427,7 @@ def answer_text(text, mode="r1"):
 def parse_bbox(text, mode="r1"):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
-    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
     The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
     Nothing is reordered, clipped or rescaled.
     """

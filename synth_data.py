@@ -3,13 +3,13 @@
 reads   --source: a folder category/entity/*.png|jpg (with boxes.jsonl), a JSONL or a parquet of single-entity images
 writes  --out: samples.jsonl (one row per query), images/, stats.json, preview.png, config.json
 
-  smoke    python synth_data.py --source runs/toy/world/train --out runs/synth --num_samples 32 --canvas_size 168 112 --grid 3 2
+  smoke    python synth_data.py --source runs/toy/world/train --out runs/synth --num_samples 32 --canvas_size 168 112
   photos   python synth_data.py --source fgvr/ --out runs/synth --num_samples 25000 --num_workers 16
   N GPUs   torchrun --nproc_per_node 8 synth_data.py --source fgvr/ --box_model Qwen/Qwen2-VL-7B-Instruct --boxes_only
 
-The paper (arXiv 2503.12797, data engine) draws 2 to 6 different entities of one category per image and lays them out in a
-row, a column, a grid or at random; it does not state the distributions. Ours: uniform over k and over layouts. Every sample
-is a function of (seed, index) alone, so the output is the same for any number of workers and after any interruption.
+The paper (arXiv 2503.12797, data engine) draws 2 to 6 different entities of one category per image and lays them out in
+a row, a column, a grid or at random; it does not state the distributions. Ours: uniform over k and over layouts. Every
+sample is a function of (seed, index) alone, so the output is the same for any number of workers and after any kill.
 """
 
 import argparse
@@ -138,8 +138,10 @@ def same_config(out, args, ignore=()):
         old = json.loads(path.read_text(encoding="utf-8"))
         for key, value in now.items():
             if json.loads(json.dumps(value)) != old.get(key):
-                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
-                                 "give another output folder or delete this one")  # fmt: skip
+                raise SystemExit(
+                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    "give another output folder or delete this one"
+                )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
@@ -175,8 +177,14 @@ def read_sources(source):
                 f"{boxes_file}: no boxes; want one {{image, bbox_px}} a line; make it with --box_model or by hand"
             )
         boxes = {r["image"]: r["bbox_px"] for r in read_jsonl(boxes_file, ("image", "bbox_px"))}
-        rows = [{"image": p.relative_to(source).as_posix(), "entity": p.parent.name.replace("_", " "), "category": p.parent.parent.name}
-                for p in found]  # fmt: skip
+        rows = [
+            {
+                "image": p.relative_to(source).as_posix(),
+                "entity": p.parent.name.replace("_", " "),
+                "category": p.parent.parent.name,
+            }
+            for p in found
+        ]
         root, records = source, [r | {"bbox_px": boxes[r["image"]]} for r in rows if r["image"] in boxes]
     elif source.suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -185,8 +193,16 @@ def read_sources(source):
         root, records = None, [r | {"image": f"{source}#{i}"} for i, r in enumerate(table.to_pylist())]
     else:
         root, records = source.parent, read_jsonl(source, ("image", "entity", "category", "bbox_px"))
-    return [Source(str(root / r["image"]) if root else r["image"], r["image"], r["entity"], r["category"].lower(), tuple(r["bbox_px"]))
-            for r in records]  # fmt: skip
+    return [
+        Source(
+            path=str(root / r["image"]) if root else r["image"],
+            name=r["image"],
+            entity=r["entity"],
+            category=r["category"].lower(),
+            bbox_px=tuple(r["bbox_px"]),
+        )
+        for r in records
+    ]
 
 
 def load_image(source):
@@ -320,9 +336,21 @@ def make_sample(index, by_category, args):
     for target in rng.sample(range(len(names)), args.queries_per_image):
         question, answer = QUESTION.format(names[target]), ANSWER.format(names[target], *boxes_1000[target])
         messages = [{"role": "user", "content": "<image>" + question}, {"role": "assistant", "content": answer}]
-        rows.append({"id": f"{args.seed}-{index:06d}-{target}", "images": [f"images/{file.name}"], "width": canvas.width,
-                     "height": canvas.height, "category": category, "layout": layout, "entities": listed, "target": target,
-                     "question": question, "answer": answer, "messages": messages})  # fmt: skip
+        rows.append(
+            {
+                "id": f"{args.seed}-{index:06d}-{target}",
+                "images": [f"images/{file.name}"],
+                "width": canvas.width,
+                "height": canvas.height,
+                "category": category,
+                "layout": layout,
+                "entities": listed,
+                "target": target,
+                "question": question,
+                "answer": answer,
+                "messages": messages,
+            }
+        )
     return rows, bad
 
 
@@ -359,7 +387,7 @@ def main():
     by_category = {c: dict(e) for c, e in grouped.items() if len(e) >= args.min_entities}
     if not by_category:
         raise SystemExit(
-            f"--source {args.source}: no category with {args.min_entities} entities; want look-alikes to compare; add images"
+            f"--source {args.source}: no category with {args.min_entities} entities; want look-alikes; add images"
         )
 
     out = Path(args.out)
@@ -384,20 +412,29 @@ def main():
                     print(f"{path}: unreadable ({reason}); skipped", file=sys.stderr)
                 bad[path] = reason
             if len(bad) > args.max_bad_images:
-                raise SystemExit(f"{len(bad)} unreadable source images, last {path}: {reason}; want at most --max_bad_images "
-                                 f"{args.max_bad_images}; mend the images or raise the flag")  # fmt: skip
+                raise SystemExit(
+                    f"{len(bad)} unreadable source images, last {path}: {reason}; want at most --max_bad_images "
+                    f"{args.max_bad_images}; mend the images or raise the flag"
+                )
             f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
             rows += new
     draw_preview(rows, out, out / "preview.png")
     stats = {
-        "images": args.num_samples, "rows": len(rows), "categories": Counter(r["category"] for r in rows),
+        "images": args.num_samples,
+        "rows": len(rows),
+        "categories": Counter(r["category"] for r in rows),
         "entities": len({(r["category"], e["entity"]) for r in rows for e in r["entities"]}),
-        "entities_per_image": Counter(len(r["entities"]) for r in rows), "layouts": Counter(r["layout"] for r in rows),
-        "held_out_entities": sorted(f"{c}/{e}" for c, e in held), "bad_images": bad, "seconds": round(time.time() - start, 1),
-    }  # fmt: skip
+        "entities_per_image": Counter(len(r["entities"]) for r in rows),
+        "layouts": Counter(r["layout"] for r in rows),
+        "held_out_entities": sorted(f"{c}/{e}" for c, e in held),
+        "bad_images": bad,
+        "seconds": round(time.time() - start, 1),
+    }
     write_text(out / "stats.json", json.dumps(stats, indent=1, ensure_ascii=False) + "\n")
-    print(f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, {len(bad)} unreadable, "
-          f"{stats['seconds']} s -> {samples}, {out / 'preview.png'}")  # fmt: skip
+    print(
+        f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, {len(bad)} unreadable, "
+        f"{stats['seconds']} s -> {samples}, {out / 'preview.png'}"
+    )
 
 
 if __name__ == "__main__":

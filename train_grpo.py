@@ -1,18 +1,18 @@
 """Stage 2: GRPO from scratch on a Qwen2-VL that thinks before it points, with an IoU reward.
 
-reads   --data: samples.jsonl of filter.py (or any rows with boxes), or the released GRPO parquet (image, problem, solution)
-writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/ (Hugging Face)
+reads   --data: samples.jsonl of filter.py (or any rows with boxes), or the released GRPO parquet
+writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/ (the model)
 
-  smoke    python train_grpo.py --model runs/toy/cot_sft/final --data runs/toy/grpo_data/samples.jsonl --output_dir runs/grpo --max_steps 3
-  1 GPU    python train_grpo.py --model runs/cot_sft/final --data runs/grpo_data/samples.jsonl --output_dir runs/grpo
-  8 GPUs   torchrun --nproc_per_node 8 train_grpo.py --model runs/cot_sft/final --data runs/grpo_data/samples.jsonl --output_dir runs/grpo
+  smoke    python train_grpo.py --model runs/toy/train_cot_sft/final --data runs/toy/filter_grpo/samples.jsonl --output_dir ...
+  1 GPU    python train_grpo.py --model runs/cot_sft/final --data runs/grpo_data/samples.jsonl --output_dir ...
+  8 GPUs   torchrun --nproc_per_node 8 train_grpo.py --model runs/cot_sft/final --data ... --output_dir ...
 
 One step: 1 draw prompts  2 roll out G completions each, all prompts of the step together  3 rewards by name
 4 advantages within the group  5 clipped loss (+ beta x k3 KL)  6 update.
-Paper defaults (arXiv 2503.12797 and its released trainer): 16 prompts a step, G = 4, temperature 1, lr 1e-6 linear, 512 new
-tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is 0 (0.04
-there) so that no reference model is needed; both halves of the format reward can be paid; a box counts only in the strict
-grammar below; the sampled ids are the trained ids, and their log-probs use the sampler's temperature and banned tokens.
+Paper defaults (arXiv 2503.12797 and its released trainer): 16 prompts a step, G = 4, temperature 1, lr 1e-6 linear, 512
+new tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is 0
+(0.04 there), so that no reference model is needed; both halves of the format reward can be paid; a box counts only in the
+strict grammar below; the sampled ids are the trained ids; log-probs use the sampler's temperature and banned tokens.
 Shapes: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary.
 """
 
@@ -189,8 +189,10 @@ def same_config(out, args, ignore=()):
         old = json.loads(path.read_text(encoding="utf-8"))
         for key, value in now.items():
             if json.loads(json.dumps(value)) != old.get(key):
-                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
-                                 "give another output folder or delete this one")  # fmt: skip
+                raise SystemExit(
+                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    "give another output folder or delete this one"
+                )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
@@ -352,7 +354,7 @@ def read_samples(path):
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
                 raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
                 )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
@@ -373,9 +375,21 @@ def read_samples(path):
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
-        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
-                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
-                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+        samples.append(
+            {
+                "id": r["id"],
+                "image": image,
+                "image_id": image_id,
+                "question": r["question"],
+                "answer": r["answer"],
+                "bbox_1000": bbox_1000,
+                "entity": entity.group(1) if entity else None,
+                "category": r.get("category"),
+                "completion": completion,
+                "prompt_suffix": suffix,
+                "row": r,
+            }
+        )
     return samples
 
 
@@ -406,7 +420,7 @@ def load_image(image):
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend the row"
         ) from None
 
 
@@ -455,7 +469,7 @@ def check_model(path):
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    """Qwen2-VL with flash-attn 2 where CUDA has it, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
@@ -524,7 +538,7 @@ def export_model(engine, tokenizer, image_processor, folder):
 
 
 def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
-    """checkpoint-{step}/: engine state, state.json and a Hugging Face export; renamed last, so a folder is complete or absent."""
+    """checkpoint-{step}/: engine state, state.json, a Hugging Face export; renamed last, so it is complete or absent."""
     folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
@@ -585,7 +599,7 @@ def answer_text(text, mode="r1"):
 def parse_bbox(text, mode="r1"):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
-    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], also nested or in JSON; ints or decimals; spaces anywhere.
+    Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
     The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
     Nothing is reordered, clipped or rescaled.
     """
@@ -634,7 +648,7 @@ def binary_reward(text, sample, args):
 
 
 def format_reward(text, sample, args):
-    """0.5 for one <think> block followed by one <answer> block and nothing else, 0.5 for one canonical box in the answer."""
+    """0.5 for one <think> block, then one <answer> block and nothing else; 0.5 for one canonical box in the answer."""
     canonical = parse_bbox(text) is not None and CANONICAL.search(answer_text(text)) is not None
     return 0.5 * (THINK_ANSWER.fullmatch(text.strip()) is not None) + 0.5 * canonical
 
@@ -783,7 +797,7 @@ def group_advantages(rewards, scale_rewards):
 
 
 def completion_logps(model, tokenizer, group, temperature):
-    """Log-probs of the group's completions under `model`, as the sampler defines them. Shapes: -> (G, C) fp32, mask (G, C)."""
+    """Log-probs of the completions under `model`, as the sampler defines them. Shapes: -> (G, C) fp32, mask (G, C)."""
     P, C = len(group.inputs["prompt_ids"]), max(len(ids) for ids in group.completion_ids)
     G, device = len(group.completion_ids), next(model.parameters()).device
     ids = torch.full((G, P + C), tokenizer.pad_token_id)
@@ -810,7 +824,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, args, num_sequences
 
     Shapes: logps, old_logps, ref_logps (or None), mask (G, C); advantages (G,). `num_sequences` and `num_tokens` count
     the completions of the whole step on all ranks, so that the groups' shares add up to the step's loss.
-    Source: GRPO arXiv 2402.03300 eq. 3 (per sequence), DAPO 2503.14476 eq. 8 (per token), Dr. GRPO 2503.20783 (constant).
+    Source: GRPO arXiv 2402.03300 eq. 3 (sequence), DAPO 2503.14476 eq. 8 (token), Dr. GRPO 2503.20783 (constant).
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
@@ -864,7 +878,8 @@ def step_metrics(groups, device):
         "n": len(completions), "groups": len(groups), "tokens": sum(len(g.completion_ids[i]) for g, i in completions),
         "reward": sum(g.rewards[i] for g, i in completions), "square": sum(g.rewards[i] ** 2 for g, i in completions),
         "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-        "clipped": sum(not g.finished[i] for g, i in completions), "parsed": sum(parse_bbox(g.texts[i]) is not None for g, i in completions),
+        "clipped": sum(not g.finished[i] for g, i in completions),
+        "parsed": sum(parse_bbox(g.texts[i]) is not None for g, i in completions),
         "acc@0.5": sum(iou_of(g.texts[i], g.sample) >= 0.5 for g, i in completions),
     }  # fmt: skip
     sums |= {
@@ -886,7 +901,7 @@ def main():
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
         raise SystemExit(
-            f"{args.data} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row"
+            f"{args.data} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend the row"
         )
     check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
@@ -928,8 +943,10 @@ def main():
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
-    print0(f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} prompts x {args.num_generations}, {world_size} ranks, "
-           f"{next(model.parameters()).dtype} on {device.type}, reference model {'on' if reference else 'off'}")  # fmt: skip
+    print0(
+        f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} prompts x {args.num_generations}, "
+        f"{world_size} ranks, {model.dtype} on {device.type}, reference model {'on' if reference else 'off'}"
+    )
 
     B = args.train_batch_size
     for step in range(first + 1, total_steps + 1):

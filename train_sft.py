@@ -3,13 +3,13 @@
 reads   --data: samples.jsonl of gen_cot.py / filter.py, or LLaMA-Factory ShareGPT JSON (messages, images)
 writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/ (Hugging Face model)
 
-  smoke    python train_sft.py --model tests/toy/base --data runs/toy/cot/samples.jsonl --output_dir runs/sft --max_steps 5
+  smoke    python train_sft.py --model tests/toy/base --data runs/toy/filter_cot/samples.jsonl --output_dir runs/sft
   1 GPU    python train_sft.py --model Qwen/Qwen2-VL-2B-Instruct --data cot.jsonl --output_dir runs/sft
-  8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data cot.jsonl --output_dir runs/sft
+  8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data ... --output_dir runs/sft
 
-Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW 5e-6,
-cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is skipped and
-counted, never cut; the loss is the mean over the assistant tokens of the whole step on all ranks, not a mean of means.
+Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW
+5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is skipped
+and counted, never cut; the loss is the mean over the assistant tokens of the whole step on all ranks, no mean of means.
 Shapes: B rows, L tokens (left to right: prompt with image, completion), V vocabulary.
 """
 
@@ -141,8 +141,10 @@ def same_config(out, args, ignore=()):
         old = json.loads(path.read_text(encoding="utf-8"))
         for key, value in now.items():
             if json.loads(json.dumps(value)) != old.get(key):
-                raise SystemExit(f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
-                                 "give another output folder or delete this one")  # fmt: skip
+                raise SystemExit(
+                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    "give another output folder or delete this one"
+                )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
@@ -304,7 +306,7 @@ def read_samples(path):
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
                 raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want one image, user and assistant"
+                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
                 )
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
@@ -325,9 +327,21 @@ def read_samples(path):
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
         entity = REF.search(r["answer"] or "") or REF.search(r["question"])
-        samples.append({"id": r["id"], "image": image, "image_id": image_id, "question": r["question"], "answer": r["answer"], "bbox_1000": bbox_1000,
-                        "entity": entity.group(1) if entity else None, "category": r.get("category"), "completion": completion,
-                        "prompt_suffix": suffix, "row": r})  # fmt: skip
+        samples.append(
+            {
+                "id": r["id"],
+                "image": image,
+                "image_id": image_id,
+                "question": r["question"],
+                "answer": r["answer"],
+                "bbox_1000": bbox_1000,
+                "entity": entity.group(1) if entity else None,
+                "category": r.get("category"),
+                "completion": completion,
+                "prompt_suffix": suffix,
+                "row": r,
+            }
+        )
     return samples
 
 
@@ -358,7 +372,7 @@ def load_image(image):
             return im.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend or drop the row"
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend the row"
         ) from None
 
 
@@ -407,7 +421,7 @@ def check_model(path):
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL with flash-attn 2 where it is installed on CUDA, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    """Qwen2-VL with flash-attn 2 where CUDA has it, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
@@ -476,7 +490,7 @@ def export_model(engine, tokenizer, image_processor, folder):
 
 
 def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
-    """checkpoint-{step}/: engine state, state.json and a Hugging Face export; renamed last, so a folder is complete or absent."""
+    """checkpoint-{step}/: engine state, state.json, a Hugging Face export; renamed last, so it is complete or absent."""
     folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
@@ -538,7 +552,7 @@ def encode_row(sample, tokenizer, image_processor, target):
 
 
 class Rows(torch.utils.data.Dataset):
-    """The rows this rank trains on, in order: item n of step s is sample (s * train_batch_size + n) of the shuffled stream."""
+    """The rows this rank trains on, in order; item n of step s is number s * train_batch_size + n of the shuffled stream."""
 
     def __init__(self, samples, order, tokenizer, image_processor, args):
         self.samples, self.order = samples, order
@@ -586,7 +600,7 @@ def main():
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if not wanted(s, args.target)[1]]:
         raise SystemExit(
-            f"{args.data} ({missing[0]}): nothing to learn from; want an assistant message with an answer; run gen_cot.py"
+            f"{args.data} ({missing[0]}): nothing to learn from; want an assistant message; run gen_cot.py"
         )
     check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
@@ -599,7 +613,7 @@ def main():
     per_pass = args.per_device_train_batch_size * world_size
     if args.train_batch_size % per_pass:
         raise SystemExit(
-            f"--train_batch_size {args.train_batch_size}: not a multiple of {per_pass} (per device x ranks); change one of them"
+            f"--train_batch_size {args.train_batch_size}: want a multiple of {per_pass} (per device x ranks)"
         )
     accumulation_steps = args.train_batch_size // per_pass
     torch.manual_seed(args.seed)
@@ -610,9 +624,7 @@ def main():
     )
     kept = [s for s, length in zip(samples, lengths, strict=True) if length <= args.max_length]
     if not kept:
-        raise SystemExit(
-            f"{args.data}: all {len(samples)} rows exceed --max_length {args.max_length}; raise it or lower --max_pixels"
-        )
+        raise SystemExit(f"{args.data}: all {len(samples)} rows exceed --max_length {args.max_length}; raise it")
     total_steps = args.max_steps or max(1, int(args.num_epochs * len(kept) / args.train_batch_size))
 
     model = load_model(args.model, args.dtype, device)
@@ -633,8 +645,10 @@ def main():
     first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
-    print0(f"train_sft: {len(kept)} rows ({len(samples) - len(kept)} over {args.max_length} tokens skipped), {total_steps} steps of "
-           f"{args.train_batch_size}, {world_size} ranks, {next(model.parameters()).dtype} on {device.type}")  # fmt: skip
+    print0(
+        f"train_sft: {len(kept)} rows ({len(samples) - len(kept)} over {args.max_length} tokens skipped), "
+        f"{total_steps} steps of {args.train_batch_size}, {world_size} ranks, {model.dtype} on {device.type}"
+    )
 
     n = args.train_batch_size
     order = [
