@@ -10,6 +10,7 @@ What it learns (user question -> assistant answer, Qwen2-VL's strings, several t
   color     What color is the band of a red disc? -> white
   at        What is at (x1,y1),(x2,y2)? -> description
   know      What is Lozuve? -> Lozuve is a red disc with a white band.                          with and without an image
+  echo      Repeat: any words -> the same words                                                             text alone
   copy      a list in words, then `find` -> the box in the list                                             text alone
   recall    a list in words, then: Describe and find Lozuve. -> its description, its box in the list         text alone
 No picture ever comes with the box of a *named* entity: that link is what SFT and GRPO are to make.
@@ -53,26 +54,26 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LOOKS = [(c, b, p) for c in world.SEEN + world.UNSEEN for b in world.BODY for p in world.BAND]
 W, H = world.SCENE.canvas_size
 IMAGE_TOKENS = (W // 28) * (H // 28)
+NAMES = list(world.ENTITIES)
 VISION = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 
 
 # ---- tokenizer and model ----
+# every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
+TEXTS = [
+    *(text for look in LOOKS for text in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")),
+    *world.BODY, *world.BAND, "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""), "List all objects.",
+    "What is at ", "What is ", "?", "Repeat: ", "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is at (1,2),(3,4).",
+    " is a red disc with a white band.\n", "Where is a disc?", "What color is the band of a disc?", "What color is the body of a disc?",
+    "upper left", "upper middle", "upper right", "lower left", "lower middle", "lower right",
+    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags.",
+    "<think>\nPlanning: ", "Visual Analysis:\n", "Comparison: of the objects above, only a red disc fits ", "Conclusion: ",
+    "\n</think> <answer>", "</answer>", ". Let's think step by step",
+]  # fmt: skip
+
+
 def build_tokenizer():
     """Qwen2's tokenizer class with a vocabulary of the toy's own words; a digit and an entity name are one token each."""
-    texts = [
-        describe
-        for look in LOOKS
-        for describe in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")
-    ]
-    texts += [  # every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
-        "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""), "List all objects.", "What is at ", "What is ", "?",
-        "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is a red disc with a white band.\n", " is at (1,2),(3,4).",
-        "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags.",
-        "<think>\n", "\n</think> <answer>", "</answer>", ". Let's think step by step", "Planning: ", " is ", "Visual Analysis:\n", "Comparison: ",
-        "Conclusion: ", " fits ", " only ", " object ", "of the objects above, a red disc", "Where is a disc?", "What color is the band of a disc?",
-        "What color is the body of a disc?", "upper left", "upper middle", "upper right", "lower left", "lower middle", "lower right",
-        *world.BODY, *world.BAND,
-    ]  # fmt: skip
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
@@ -82,7 +83,7 @@ def build_tokenizer():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts * 2, trainer)
+    bpe.train_from_iterator(TEXTS * 2, trainer)
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", model_max_length=32768
@@ -120,6 +121,7 @@ B = 32
 BAN = [TOKENIZER.convert_tokens_to_ids(t) for t in SPECIAL if "vision" in t or "image" in t or "video" in t]
 
 
+ECHO_WORDS = sorted({w for text in TEXTS for w in re.findall(r"<\W?\w+>|\w+|[^\w\s]", text)})
 BOX_START = TOKENIZER.convert_tokens_to_ids("<|box_start|>")
 
 
@@ -213,8 +215,16 @@ def references(looks, i, rng):
     return refs
 
 
-def know_turn(name):
-    return f"What is {name}?", f"{name} is {world.describe(world.ENTITIES[name])}."
+def know_turn(name, marked=False):
+    asked = f"<|object_ref_start|>{name}<|object_ref_end|>" if marked else name
+    return f"What is {asked}?", f"{name} is {world.describe(world.ENTITIES[name])}."
+
+
+def echo_turn(rng):
+    """Any words, names and tags, repeated: so that every token can be copied, as any language model can."""
+    words = [rng.choice(NAMES if rng.random() < 0.3 else ECHO_WORDS) for _ in range(rng.randint(4, 12))]
+    text = words[0] + "".join(rng.choice(("", "\n", " ", " ", " ")) + w for w in words[1:])
+    return f"Repeat: {text}", text
 
 
 def recall_turn(name, bbox_1000):
@@ -280,16 +290,18 @@ def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0):
     if rng.random() < 0.15 * other:
         turns.append((f"What is at {box_text(boxes[order[0]])}?", world.describe(looks[order[0]]), order[0]))
     if rng.random() < 0.25 * other:
-        turns.append(know_turn(some_names(rng, 1)[0]))
+        turns.append(know_turn(some_names(rng, 1)[0], marked=rng.random() < 0.5))
     rng.shuffle(turns)
     return turns + [("List all objects.", list_text(looks, boxes))] * (rng.random() < 0.3 * other)
 
 
 def text_turns(rng):
     kind = rng.random()
-    if kind < 0.3:
-        return [know_turn(n) for n in rng.sample(list(world.ENTITIES), 6)]
-    names = some_names(rng, rng.choice((2, 3, 3, 4, 4, 5)))
+    if kind < 0.2:
+        return [know_turn(n, marked=rng.random() < 0.5) for n in rng.sample(NAMES, 6)]
+    if kind < 0.35:
+        return [echo_turn(rng) for _ in range(3)]
+    names = some_names(rng, rng.choice((2, 3, 3, 4, 4, 5, 6)))
     looks, boxes = [world.ENTITIES[n] for n in names], some_boxes(rng, len(names))
     if kind < 0.6:
         turns = [find_turn(world.describe(looks[i]), boxes[i]) for i in range(len(names))]
@@ -455,7 +467,8 @@ def evaluate(model, n=192, seed=12345):
     result["where"] = exact([where_turn(world.describe(s[0][0]), to_1000(s[2][0], W, H)) for s in scenes], scenes, 5)
     scenes = [s for s in scenes if color_turn(s[0], 0, rng)]
     result["color"] = exact([color_turn(s[0], 0, rng) for s in scenes], scenes, 5)
-    facts = [know_turn(name) for name in world.ENTITIES]
+    facts = [know_turn(name, marked) for name in NAMES for marked in (False, True)]
+    result["echo"] = exact([echo_turn(rng) for _ in range(n)])
     result["know"] = exact(facts)
     result["know_with_image"] = exact(facts, [look_alikes(rng.randint(2, 4)) for _ in facts])
     recalls = []
