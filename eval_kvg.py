@@ -9,10 +9,11 @@ writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.js
   8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   compare  python eval_kvg.py --compare runs/eval_sft runs/eval --out runs/eval
 
-A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released evaluator:
-the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer are no box and
-score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 % intervals that
-resample images, because questions on one image are not independent; answers of other settings are never reused.
+A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
+evaluator: the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer
+are no box and score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 %
+intervals that resample images, because questions on one image are not independent; answers of other settings are never
+reused.
 """
 
 import argparse
@@ -254,9 +255,8 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
-                )
+                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
+                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
             r = {
@@ -325,8 +325,15 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, width, height):
-    """Number of <|image_pad|> that an image of this size takes."""
+def visual_tokens(image_processor, image):
+    """Number of <|image_pad|> that an image takes, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            width, height = im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+        ) from None
     return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
 
 
@@ -490,8 +497,16 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
     text = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
-                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=torch.cat([text[None], rope]),
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
     # from here on one row per completion
     cache.batch_repeat_interleave(generations)
@@ -528,8 +543,13 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
             active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
-                       use_cache=True).logits[:, -1]  # fmt: skip
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position[..., None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     finished = torch.isin(tokens, stop).any(-1).tolist()
     tokens, logps = tokens.tolist(), logps.cpu()
     out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
@@ -553,9 +573,10 @@ def score_answers(samples, answers, mode):
         answer = answers[s["id"]]
         box = parse_bbox(answer["response"], mode)
         iou = box_iou(box, s["bbox_1000"]) if box else 0.0
-        rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"], "response": answer["response"],
-                     "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"], "iou": iou, "correct": iou >= CORRECT_IOU,
-                     "num_tokens": answer.get("num_tokens"), "finished": answer.get("finished"), "image_id": s["image_id"]})  # fmt: skip
+        rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"],
+                     "response": answer["response"], "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"],
+                     "iou": iou, "correct": iou >= CORRECT_IOU, "num_tokens": answer.get("num_tokens"),
+                     "finished": answer.get("finished"), "image_id": s["image_id"]})  # fmt: skip
     return rows
 
 
@@ -593,7 +614,8 @@ def split_metrics(rows, seed):
         return None
     n, correct = len(rows), [float(r["correct"]) for r in rows]
     return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
-            "mean_iou": sum(r["iou"] for r in rows) / n, "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
+            "mean_iou": sum(r["iou"] for r in rows) / n,
+            "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
 
 
 def bench_metrics(rows, seen, seed):
@@ -628,10 +650,13 @@ def markdown(header, lines):
 
 def metric_lines(metrics, seen):
     """(name, kind, n, accuracy, interval, mean IoU, parsed) as text: all, seen, unseen, then the categories."""
+
+    def cells(m):
+        return m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
+
     named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen")]
     named += [(c, "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
-    return [(name, kind, m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"]))
-            if m else (name, kind, 0, *"----") for name, kind, m in named]  # fmt: skip
+    return [(name, kind, *(cells(m) if m else (0, *"----"))) for name, kind, m in named]
 
 
 def metrics_table(metrics, seen):
@@ -642,9 +667,10 @@ def metrics_table(metrics, seen):
 
 
 def compare_runs(a, b, seen, seed):
-    """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on the same cases.
+    """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on one bench.
 
-    The interval resamples images; the p-value takes questions as independent and is a little small where images have several.
+    The interval resamples images; the p-value takes questions as independent and is a little small where images have
+    several.
     """
     columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
     runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
@@ -661,30 +687,39 @@ def compare_runs(a, b, seen, seed):
         pairs = [(bool(r["correct"]), bool(runs[1][r["question_id"]]["correct"])) for r in rows]
         only_a, only_b, n = pairs.count((True, False)), pairs.count((False, True)), len(pairs)
         both = pairs.count((True, True))
-        result[name] = {"n": n, "acc_a": (both + only_a) / n, "acc_b": (both + only_b) / n, "difference": (only_b - only_a) / n,
-                        "difference_ci95": image_bootstrap([float(y) - x for x, y in pairs], [r["image_id"] for r in rows], seed),
-                        "only_a": only_a, "only_b": only_b, "mcnemar_p": mcnemar_p(only_a, only_b)} if n else None  # fmt: skip
+        differences, images = [float(y) - x for x, y in pairs], [r["image_id"] for r in rows]
+        result[name] = {"n": n, "acc_a": (both + only_a) / n, "acc_b": (both + only_b) / n,
+                        "difference": (only_b - only_a) / n,
+                        "difference_ci95": image_bootstrap(differences, images, seed),
+                        "only_a": only_a, "only_b": only_b,
+                        "mcnemar_p": mcnemar_p(only_a, only_b)} if n else None  # fmt: skip
     return result
 
 
 def compare_table(result):
-    lines = [(k, m["n"], percent(m["acc_a"]), percent(m["acc_b"]), f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+"),
-              m["only_a"], m["only_b"], f"{m['mcnemar_p']:.2g}") if m else (k, 0, *"-------") for k, m in result.items()]  # fmt: skip
+    def cells(m):
+        difference = f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+")
+        ends = m["only_a"], m["only_b"], f"{m['mcnemar_p']:.2g}"
+        return m["n"], percent(m["acc_a"]), percent(m["acc_b"]), *difference, *ends
+
+    lines = [(k, *(cells(m) if m else (0, *"-------"))) for k, m in result.items()]
     return markdown(
         ("split", "cases", "A %", "B %", "B - A", "95 % interval", "only A right", "only B right", "McNemar p"), lines
     )
 
 
 def summarize(run, seed):
-    """Writes {run}/results.json and returns the table of a whole pipeline: one line per evaluated model, in the order of evaluation."""
+    """Writes {run}/results.json, returns the table of a whole pipeline: a line per model, in order of evaluation."""
     paths = sorted(run.glob("eval_*/metrics.json"), key=lambda p: p.stat().st_mtime)
     if not paths:
         raise SystemExit(f"{run}: no eval_*/metrics.json; want the run folder of run_all.sh; run the evaluations first")
     rows, splits = [], ("seen", "unseen", "all")
     for path in paths:
         m = json.loads(path.read_text(encoding="utf-8"))
-        rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"], **{k: m[k] and m[k]["acc"] for k in splits},
-                     "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"], "ci95": {k: m[k] and m[k]["acc_ci95"] for k in splits}})  # fmt: skip
+        rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"],
+                     **{k: m[k] and m[k]["acc"] for k in splits},
+                     "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"],
+                     "ci95": {k: m[k] and m[k]["acc_ci95"] for k in splits}})  # fmt: skip
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent
     )
@@ -694,8 +729,10 @@ def summarize(run, seed):
         json.dumps({"rows": rows, "seconds": seconds, "seed": seed, "commit": git.stdout.strip() or None}, indent=1)
         + "\n",
     )
-    lines = [(r["model"], r["n"], *(f"{percent(r[k])} ({interval(r['ci95'][k])})" if r[k] is not None else "-" for k in splits),
-              f"{r['mean_iou']:.3f}", percent(r["parse_rate"])) for r in rows]  # fmt: skip
+    lines = []
+    for r in rows:
+        cells = [f"{percent(r[k])} ({interval(r['ci95'][k])})" if r[k] is not None else "-" for k in splits]
+        lines.append((r["model"], r["n"], *cells, f"{r['mean_iou']:.3f}", percent(r["parse_rate"])))
     return markdown(
         ("model", "cases", "seen % (95 %)", "unseen % (95 %)", "all % (95 %)", "mean IoU", "parsed %"), lines
     )
@@ -707,7 +744,7 @@ def read_bench(path):
     samples = [s | {"id": str(s["id"]), "category": str(s["category"] or "none").lower()} for s in read_samples(path)]
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
         raise SystemExit(
-            f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend or drop the row"
+            f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend the row"
         )
     if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
         raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
@@ -728,17 +765,15 @@ def read_foreign_answers(path, samples):
         )
     if unknown := [i for i in counts if i not in wanted]:
         raise SystemExit(
-            f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; want its {len(wanted)} ids; check --bench"
+            f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; "
+            f"want its {len(wanted)} ids; check --bench"
         )
     if missing := [s["id"] for s in samples if s["id"] not in counts]:
         raise SystemExit(
-            f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want an answer to every case; add them"
+            f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want every case; add them"
         )
-    if wrong := [
-        r["question_id"]
-        for r in rows
-        if not (isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None))
-    ]:
+    sound = [isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None) for r in rows]
+    if wrong := [r["question_id"] for r, good in zip(rows, sound, strict=True) if not good]:
         raise SystemExit(
             f"{path}: response or num_tokens of {wrong[0]!r} has another type; want text and an integer; mend the row"
         )
@@ -746,7 +781,7 @@ def read_foreign_answers(path, samples):
 
 
 def stored_answers(out):
-    """{id: row} of an earlier run in this folder, finished or not. The part rows also say how many seconds they took."""
+    """{id: row} of an earlier run in this folder, finished or not. The part rows also hold the seconds they took."""
     paths = [out / "predictions.jsonl", *sorted(out.glob("part-*.jsonl"))]
     return {r["question_id"]: r for path in paths for r in complete_lines(path)}
 
@@ -775,15 +810,20 @@ def answer_cases(model, tokenizer, image_processor, samples, path, args):
             model, tokenizer, prompts, [["0"]] * len(batch), args.max_completion_length, 0, args.batch_size
         )
         seconds = (time.time() - since) / len(batch)
-        answers = {s["id"]: {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids),
-                             "finished": finished, "seconds": seconds} for s, [(ids, _, finished)] in zip(batch, rolled, strict=True)}  # fmt: skip
+        answers = {}
+        for s, [(ids, _, finished)] in zip(batch, rolled, strict=True):
+            answer = {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids)}
+            answers[s["id"]] = answer | {"finished": finished, "seconds": seconds}
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
         scored += score_answers(batch, answers, args.prompt)
         n, parsed = len(scored), sum(r["pred_bbox_1000"] is not None for r in scored)
-        print0(f"case {n:05d}/{len(samples):05d} | acc {sum(r['correct'] for r in scored) / n:.3f} | parsed {parsed / n:.2f} | "
-               f"len {sum(r['num_tokens'] for r in scored) / n:.0f} | trunc {sum(not r['finished'] for r in scored) / n:.2f} | {seconds:.2f}s/case | "
-               f"eta {(time.time() - began) / n * (len(samples) - n) / 60:.1f} min")  # fmt: skip
+        correct, cut = sum(r["correct"] for r in scored), sum(not r["finished"] for r in scored)
+        length, eta = sum(r["num_tokens"] for r in scored) / n, (time.time() - began) / n * (len(samples) - n) / 60
+        print0(
+            f"case {n:05d}/{len(samples):05d} | acc {correct / n:.3f} | parsed {parsed / n:.2f} | len {length:.0f} | "
+            f"trunc {cut / n:.2f} | {seconds:.2f}s/case | eta {eta:.1f} min"
+        )
 
 
 # ---- report ----
@@ -791,9 +831,11 @@ REPORT_PAGE = string.Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { --ink:#17212f; --dim:#5d6a7c; --line:#e2e7ee; --soft:#f5f7fa; --good:#0f8a50; --bad:#d3352c; --seen:#2b6cdf; --unseen:#8b4fd0; }
+:root { --ink:#17212f; --dim:#5d6a7c; --line:#e2e7ee; --soft:#f5f7fa; --good:#0f8a50; --bad:#d3352c;
+  --seen:#2b6cdf; --unseen:#8b4fd0; }
 * { box-sizing:border-box }
-body { margin:0; background:var(--soft); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+body { margin:0; background:var(--soft); color:var(--ink);
+  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
 main { max-width:1180px; margin:0 auto; padding:2.2rem 1.25rem 4rem }
 h1 { font-size:1.75rem; line-height:1.2; margin:0 0 .4rem; letter-spacing:-.01em; overflow-wrap:anywhere }
 h2 { font-size:1.1rem; margin:0 0 .8rem }
@@ -801,7 +843,8 @@ h3 { font-size:1.05rem; margin:0; overflow-wrap:anywhere }
 p { margin:0 }
 .dim { color:var(--dim); font-size:.9rem }
 .lead { color:var(--dim); max-width:52rem }
-.panel,.card { background:#fff; border:1px solid var(--line); border-radius:12px; box-shadow:0 1px 2px rgb(20 30 50/.05) }
+.panel,.card { background:#fff; border:1px solid var(--line); border-radius:12px;
+  box-shadow:0 1px 2px rgb(20 30 50/.05) }
 .panel { padding:1.2rem 1.3rem }
 .heads { display:grid; grid-template-columns:repeat(3,1fr); gap:1rem; margin:1.6rem 0 1rem }
 .head b { display:block; font-size:2.5rem; line-height:1.15; letter-spacing:-.02em; font-variant-numeric:tabular-nums }
@@ -816,15 +859,18 @@ th:first-child,td:first-child { text-align:left; padding-left:0 }
 th { color:var(--dim); font-weight:600; font-size:.85rem }
 tr.split td { font-weight:650 }
 tr:last-child td { border-bottom:0 }
-.dot { display:inline-block; width:.65rem; height:.65rem; border-radius:50%; margin-right:.45rem; background:var(--c,var(--ink)) }
+.dot { display:inline-block; width:.65rem; height:.65rem; border-radius:50%; margin-right:.45rem;
+  background:var(--c,var(--ink)) }
 .seen { --c:var(--seen) } .unseen { --c:var(--unseen) } .good { --c:var(--good) } .bad { --c:var(--bad) }
-.bar { display:grid; grid-template-columns:6.5rem 1fr 3.2rem; gap:.7rem; align-items:center; margin:.42rem 0; font-size:.92rem }
+.bar { display:grid; grid-template-columns:6.5rem 1fr 3.2rem; gap:.7rem; align-items:center;
+  margin:.42rem 0; font-size:.92rem }
 .bar>span:first-child { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
 .bar>span:last-child { text-align:right; font-variant-numeric:tabular-nums; font-weight:600 }
 .track { position:relative; height:1.05rem; background:#edf0f5; border-radius:5px }
 .track i { position:absolute; inset:0 auto 0 0; background:var(--c,#46566b); border-radius:5px; opacity:.85 }
 .track u { position:absolute; top:50%; height:0; border-top:2px solid var(--ink) }
-.track u::before,.track u::after { content:""; position:absolute; top:-6px; height:10px; border-left:2px solid var(--ink) }
+.track u::before,.track u::after { content:""; position:absolute; top:-6px; height:10px;
+  border-left:2px solid var(--ink) }
 .track u::before { left:-1px } .track u::after { right:-1px }
 .head .track { height:.55rem; margin:.55rem 0 .5rem }
 .head .track u::before,.head .track u::after { top:-5px; height:8px }
@@ -838,13 +884,14 @@ tr:last-child td { border-bottom:0 }
 .axis span em { position:absolute; left:-1.2em; width:2.4em; text-align:center; font-style:normal }
 .axis .none { flex:1.6; margin-right:12px } .axis .none em { left:-.6em; right:auto; width:auto; white-space:nowrap }
 .axis .end { flex:0 0 0; margin-left:-3px }
-.filters { display:flex; flex-wrap:wrap; gap:.6rem 1.2rem; align-items:center; position:sticky; top:0; z-index:5; background:var(--soft);
-  padding:.7rem 0; border-bottom:1px solid var(--line); margin-bottom:1rem }
-select,input[type=search] { font:inherit; padding:.3rem .6rem; border:1px solid #c6cedb; border-radius:8px; background:#fff; color:inherit }
+.filters { display:flex; flex-wrap:wrap; gap:.6rem 1.2rem; align-items:center; position:sticky; top:0; z-index:5;
+  background:var(--soft); padding:.7rem 0; border-bottom:1px solid var(--line); margin-bottom:1rem }
+select,input[type=search] { font:inherit; padding:.3rem .6rem; border:1px solid #c6cedb; border-radius:8px;
+  background:#fff; color:inherit }
 label { display:inline-flex; gap:.45rem; align-items:center } input[type=checkbox] { width:1.05rem; height:1.05rem }
 #count { margin-left:auto }
-.card { display:grid; grid-template-columns:minmax(0,26rem) minmax(0,1fr); gap:1.3rem; padding:1.1rem; margin-bottom:1rem;
-  content-visibility:auto; contain-intrinsic-size:auto 360px }
+.card { display:grid; grid-template-columns:minmax(0,26rem) minmax(0,1fr); gap:1.3rem; padding:1.1rem;
+  margin-bottom:1rem; content-visibility:auto; contain-intrinsic-size:auto 360px }
 .card[hidden] { display:none }
 figure { position:relative; margin:0 auto; width:100%; align-self:start; background:#e9edf2; border-radius:6px;
   overflow:hidden; outline:1px solid var(--line) }
@@ -854,21 +901,25 @@ figure i { position:absolute; border:3px solid var(--c); border-radius:3px;
 figure i.bad { border-style:dashed; border-width:2px; box-shadow:0 0 0 1px rgb(255 255 255/.7) }
 .body { display:flex; flex-direction:column; gap:.55rem; min-width:0 }
 .row { display:flex; flex-wrap:wrap; gap:.35rem .6rem; align-items:center }
-.chip { font-size:.8rem; padding:.08rem .6rem; border-radius:99px; border:1px solid var(--c); color:var(--c); font-weight:600; white-space:nowrap }
+.chip { font-size:.8rem; padding:.08rem .6rem; border-radius:99px; border:1px solid var(--c); color:var(--c);
+  font-weight:600; white-space:nowrap }
 .chip.full { background:var(--c); color:#fff }
 .text { white-space:pre-wrap; overflow-wrap:anywhere; background:var(--soft); border-radius:8px; padding:.7rem .9rem;
   max-height:27rem; overflow:auto; font-size:.95rem; flex:0 1 auto }
 .text span { color:#66758c; font:.8em ui-monospace,Menlo,Consolas,monospace }
 .text mark { background:#fff3c4; color:inherit; padding:.05em .15em; border-radius:3px }
-.key { display:inline-block; width:1rem; height:.75rem; border:3px solid var(--c); border-radius:3px; margin-right:.35rem; vertical-align:-.05rem }
+.key { display:inline-block; width:1rem; height:.75rem; border:3px solid var(--c); border-radius:3px;
+  margin-right:.35rem; vertical-align:-.05rem }
 .key.bad { border-style:dashed }
 code { font:.85em ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere }
 @media (max-width:760px) {
-  main { padding:1.3rem .8rem 3rem } h1 { font-size:1.35rem } .heads { gap:.5rem } .two,.card { grid-template-columns:minmax(0,1fr) }
-  .head { padding:.7rem .75rem } .head b { font-size:1.45rem } .head b small { font-size:.9rem } .panel { padding:.9rem }
-  .head .dim { font-size:.75rem }
-  .card { padding:.8rem; gap:.8rem } th,td { padding:.35rem .45rem } table { font-size:.85rem } .bar { grid-template-columns:5.2rem 1fr 2.8rem }
-  .hist span:not(.none) em { display:none } #count { margin-left:0 } .text { max-height:60vh } .facts { grid-template-columns:1fr 1fr }
+  main { padding:1.3rem .8rem 3rem } h1 { font-size:1.35rem } .heads { gap:.5rem }
+  .two,.card { grid-template-columns:minmax(0,1fr) }
+  .head { padding:.7rem .75rem } .head b { font-size:1.45rem } .head b small { font-size:.9rem }
+  .panel { padding:.9rem } .head .dim { font-size:.75rem }
+  .card { padding:.8rem; gap:.8rem } th,td { padding:.35rem .45rem } table { font-size:.85rem }
+  .bar { grid-template-columns:5.2rem 1fr 2.8rem } .hist span:not(.none) em { display:none }
+  #count { margin-left:0 } .text { max-height:60vh } .facts { grid-template-columns:1fr 1fr }
   .axis .none em { display:none }
 }
 </style></head><body><main>
@@ -878,11 +929,11 @@ code { font:.85em ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere 
 <section class="panel facts">$facts</section>
 <section class="two">
 <div class="panel"><h2>Accuracy by category</h2>$bars
-<p class="dim"><span class="dot seen"></span>seen in training &nbsp; <span class="dot unseen"></span>unseen &nbsp; whisker: 95 % interval</p></div>
+<p class="dim"><span class="dot seen"></span>seen in training &nbsp;
+<span class="dot unseen"></span>unseen &nbsp; whisker: 95 % interval</p></div>
 <div class="panel"><h2>Overlap with the truth (IoU)</h2>$histogram
 <p class="dim"><span class="dot bad"></span>wrong &nbsp; <span class="dot good"></span>correct, IoU ≥ 0.5 &nbsp;
-<span class="dot" style="--c:#8b96a6"></span>no
-valid box</p></div>
+<span class="dot" style="--c:#8b96a6"></span>no valid box</p></div>
 </section>
 <section class="panel scroll"><h2>Results</h2><table>$table</table>
 <p class="dim">Accuracy and parsed in percent. Intervals: percentile bootstrap over images, $resamples resamples;
@@ -890,18 +941,22 @@ a group with a single image has none.</p></section>
 <h2 style="margin:2rem 0 .2rem">Cases, worst first</h2>
 <div class="filters"><label>Category <select id="category"><option value="">all</option>$options</select></label>
 <label><input type="checkbox" id="wrong"> wrong only</label>
-<span class="dim"><span class="key good"></span>truth &nbsp; <span class="key bad"></span>predicted</span><span class="dim" id="count"></span></div>
+<span class="dim"><span class="key good"></span>truth &nbsp;
+<span class="key bad"></span>predicted</span><span class="dim" id="count"></span></div>
 $cards
 </main>
 <script type="application/json" id="pictures">$pictures</script>
 <script>
-const pictures = JSON.parse(document.getElementById("pictures").textContent), cards = [...document.querySelectorAll(".card")];
-for (const img of document.querySelectorAll("img[data-i]")) img.src = "data:image/jpeg;base64," + pictures[img.dataset.i];
+const pictures = JSON.parse(document.getElementById("pictures").textContent);
+const cards = [...document.querySelectorAll(".card")];
+for (const img of document.querySelectorAll("img[data-i]"))
+  img.src = "data:image/jpeg;base64," + pictures[img.dataset.i];
 const category = document.getElementById("category"), wrong = document.getElementById("wrong");
 function filter() {
   let shown = 0;
   for (const c of cards) {
-    c.hidden = (category.value && c.dataset.category !== category.value) || (wrong.checked && c.dataset.correct === "1");
+    c.hidden = (category.value && c.dataset.category !== category.value)
+      || (wrong.checked && c.dataset.correct === "1");
     shown += !c.hidden;
   }
   const kept = cards.length < $total ? " (the " + cards.length + " worst are here)" : "";
@@ -961,8 +1016,9 @@ def case_card(row, sample, picture, width, height):
             f'<figure style="aspect-ratio:{width}/{height};max-width:{460 * width / height:.0f}px">'
             f'<img data-i="{picture}" alt="picture of case {e(row["question_id"])}" decoding="async">{boxes}</figure>'
             f'<div class="body"><div class="row {kind}"><h3>{e(row["entity"] or sample["question"])}</h3>'
-            f'<span class="chip full">{"correct" if row["correct"] else "wrong"}</span><span class="chip">{verdict}</span>'
-            f'<span class="dim">{e(row["category"])}</span></div><div class="text">{marked_text(row["response"])}</div>'
+            f'<span class="chip full">{"correct" if row["correct"] else "wrong"}</span>'
+            f'<span class="chip">{verdict}</span><span class="dim">{e(row["category"])}</span></div>'
+            f'<div class="text">{marked_text(row["response"])}</div>'
             f'<p class="dim"><span class="key good"></span><code>{row["gt_bbox_1000"]}</code> &nbsp; '
             f'<span class="key bad"></span><code>{box or "none"}</code></p>'
             f'<p class="dim"><code>{e(row["question_id"])}</code>{length}</p></div></article>\n')  # fmt: skip
@@ -979,10 +1035,10 @@ def report_html(rows, samples, metrics, args):
     cards = [case_card(r, by_id[r["question_id"]], number[r["image_id"]], *thumbs[r["image_id"]][1:]) for r in shown]
 
     cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
-    heads = [f'<div class="panel head {k}"><span class="dim">{label}</span><b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}'
-             f'<p class="dim">{interval(m["acc_ci95"])}<br>{m["n"]} cases</p></div>' if m else
-             f'<div class="panel head {k}"><span class="dim">{label}</span><b>–</b><p class="dim">0 cases</p></div>'
-             for k, label, m in cases]  # fmt: skip
+    heads = [f'<div class="panel head {k}"><span class="dim">{label}</span>'
+             + (f'<b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}'
+                f'<p class="dim">{interval(m["acc_ci95"])}<br>{m["n"]} cases</p></div>' if m else
+                '<b>–</b><p class="dim">0 cases</p></div>') for k, label, m in cases]  # fmt: skip
     bars = [f'<div class="bar"><span title="{e(c)}">{e(c)}</span>{track(m, "seen" if c in args.seen else "unseen")}'
             f'<span>{percent(m["acc"])}</span></div>'
             for c, m in metrics["categories"].items()]  # fmt: skip
@@ -1001,8 +1057,10 @@ def report_html(rows, samples, metrics, args):
     ticks = ['<span class="none"><em>no box</em></span>', *ticks, '<span class="end"><em>1</em></span>']
     histogram = f'<div class="hist">{"".join(columns)}</div><div class="axis">{"".join(ticks)}</div>'
     lines = [f'<tr class="{kind}"><td><span class="dot {kind if kind != "split" else name}"></span>{e(name)}</td>'
-             + "".join(f"<td>{c}</td>" for c in rest) + "</tr>" for name, kind, *rest in metric_lines(metrics, args.seen)]  # fmt: skip
-    facts = [("images", len({r["image_id"] for r in rows})), ("answers with a valid box", f"{metrics['all']['parse_rate']:.1%}"),
+             + "".join(f"<td>{c}</td>" for c in rest) + "</tr>"
+             for name, kind, *rest in metric_lines(metrics, args.seen)]  # fmt: skip
+    facts = [("images", len({r["image_id"] for r in rows})),
+             ("answers with a valid box", f"{metrics['all']['parse_rate']:.1%}"),
              ("mean IoU", f"{metrics['all']['mean_iou']:.3f}")]  # fmt: skip
     optional = (
         ("mean_length", "tokens per answer", ".0f"),
@@ -1025,30 +1083,39 @@ def report_html(rows, samples, metrics, args):
         if args.model
         else "answers made elsewhere"
     )
-    lead = ("Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps the truth with "
-            f"IoU ≥ 0.5. Prompt “{args.prompt}”, {how}.")  # fmt: skip
+    lead = (
+        "Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps "
+        f"the truth with IoU ≥ 0.5. Prompt “{args.prompt}”, {how}."
+    )
+    header = ("split", "cases", "accuracy", "95 % interval", "mean IoU", "parsed")
+    counted = sorted(Counter(r["category"] for r in shown).items())
     return REPORT_PAGE.substitute(
-        title=e(f"{name} on {Path(args.bench).name}"), lead=e(lead), heads="".join(heads), bars="".join(bars), histogram=histogram,
-        table="<tr><th>split</th><th>cases</th><th>accuracy</th><th>95 % interval</th><th>mean IoU</th><th>parsed</th></tr>" + "".join(lines),
-        facts="".join(f"<div><b>{v}</b><span class='dim'>{k}</span></div>" for k, v in facts), resamples=f"{RESAMPLES:,}", total=len(rows),
-        options="".join(f'<option value="{e(c)}">{e(c)} ({n})</option>' for c, n in sorted(Counter(r["category"] for r in shown).items())),
-        cards="".join(cards), pictures=json.dumps([t[0] for t in thumbs.values()]))  # fmt: skip
+        title=e(f"{name} on {Path(args.bench).name}"),
+        lead=e(lead),
+        heads="".join(heads),
+        facts="".join(f"<div><b>{v}</b><span class='dim'>{k}</span></div>" for k, v in facts),
+        bars="".join(bars),
+        histogram=histogram,
+        table="<tr>" + "".join(f"<th>{c}</th>" for c in header) + "</tr>" + "".join(lines),
+        resamples=f"{RESAMPLES:,}",
+        options="".join(f'<option value="{e(c)}">{e(c)} ({n})</option>' for c, n in counted),
+        cards="".join(cards),
+        total=len(rows),
+        pictures=json.dumps([t[0] for t in thumbs.values()]),
+    )
 
 
 def write_results(out, samples, answers, args):
-    """predictions.jsonl, metrics.json, table.md and report.html; returns the table. Unchanged predictions are left alone."""
+    """predictions.jsonl (left alone if unchanged), metrics.json, table.md and report.html; returns the table."""
     rows = score_answers(samples, answers, args.prompt)
     text, path = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), out / "predictions.jsonl"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
     metrics = bench_metrics(rows, args.seen, args.seed)
     seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
-    if (
-        not seconds and (out / "metrics.json").exists()
-    ):  # scored again: the speed was measured when the answers were made
-        metrics["completions/per_second"] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))[
-            "completions/per_second"
-        ]
+    if not seconds and (out / "metrics.json").exists():  # scored again: the speed is that of the first time
+        earlier = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        metrics["completions/per_second"] = earlier["completions/per_second"]
     else:
         metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
     metrics["config"] = vars(args)
@@ -1099,17 +1166,17 @@ def main():
             args,
             ignore=("out", "compare", "summary", "batch_size", "seen", "seed", "report_samples", "timeout_minutes"),
         )
-    if odd := sorted(set(args.seen) - {s["category"] for s in samples}):
-        print0(
-            f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted({s['category'] for s in samples}))}"
-        )
+    categories = {s["category"] for s in samples}
+    if odd := sorted(set(args.seen) - categories):
+        print0(f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted(categories))}")
 
     if args.model:
         rank, world_size, device = init_dist(args.timeout_minutes)
         answers = broadcast(stored_answers(out) if rank == 0 else None)
         todo = [s for s in samples if s["id"] not in answers]
         print0(
-            f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, {world_size} ranks on {device.type}"
+            f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, "
+            f"{world_size} ranks on {device.type}"
         )
         if todo:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)

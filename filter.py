@@ -8,7 +8,7 @@ writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo
   8 GPUs   torchrun --nproc_per_node 8 filter.py --stage grpo --model ... --samples ... --out runs/grpo_data
 
 The paper (arXiv 2503.12797) rolls the stage-1 model out 4 times per sample and drops 4/4 (trivial) and 0/4 (too hard).
-Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It has no filter for chains.
+Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It filters no chains.
 """
 
 import argparse
@@ -227,9 +227,8 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
-                )
+                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
+                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
             r = {
@@ -298,8 +297,15 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, width, height):
-    """Number of <|image_pad|> that an image of this size takes."""
+def visual_tokens(image_processor, image):
+    """Number of <|image_pad|> that an image takes, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            width, height = im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+        ) from None
     return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
 
 
@@ -463,8 +469,16 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
     text = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
-                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=torch.cat([text[None], rope]),
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
     # from here on one row per completion
     cache.batch_repeat_interleave(generations)
@@ -501,8 +515,13 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
             active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
-                       use_cache=True).logits[:, -1]  # fmt: skip
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position[..., None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     finished = torch.isin(tokens, stop).any(-1).tolist()
     tokens, logps = tokens.tolist(), logps.cpu()
     out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
@@ -520,7 +539,7 @@ def completion_text(tokenizer, ids):
 
 # ---- rules for chains of thought ----
 def broken_rule(sample, seen, args):
-    """Name of the first rule that a row's chain breaks, or None. `seen` holds the (image, text) met so far; it grows."""
+    """Name of the first rule that a row's chain breaks, or None. `seen`: the (image, text) met so far; it grows."""
     text, gt = sample["completion"] or "", sample["bbox_1000"]
     match = THINK_ANSWER.fullmatch(text.strip())
     if not match:
@@ -573,7 +592,7 @@ def draw_pass_rates(rates, k, kept, path):
 
 
 def measure_pass_rates(samples, args, out):
-    """{id: correct of k} by rollouts of the model; every rank appends what it finished, so that a killed run goes on."""
+    """{id: correct of k} by rollouts of the model; every rank appends what it finished, so a killed run goes on."""
     check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
@@ -646,12 +665,13 @@ def main():
         if args.stage == "grpo":
             mastery = {e: {"pass_rate": sum(r) / len(r), "n": len(r)} for e, r in sorted(by_entity.items())}
             write_text(out / "mastery.json", json.dumps(mastery, indent=1, ensure_ascii=False) + "\n")
-            draw_pass_rates([r["pass_rate"] for r in kept + rejected], args.num_rollouts, range(args.min_correct, args.max_correct + 1),
-                            out / "pass_rate.png")  # fmt: skip
+            rates, good = [r["pass_rate"] for r in kept + rejected], range(args.min_correct, args.max_correct + 1)
+            draw_pass_rates(rates, args.num_rollouts, good, out / "pass_rate.png")
         write_text(out / "stats.json", json.dumps(stats, indent=1) + "\n")
         reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].most_common())
         print(
-            f"filter: {len(kept)} of {len(samples)} rows kept ({reasons or 'none rejected'}), {stats['seconds']} s -> {out / 'samples.jsonl'}"
+            f"filter: {len(kept)} of {len(samples)} rows kept ({reasons or 'none rejected'}), "
+            f"{stats['seconds']} s -> {out / 'samples.jsonl'}"
         )
         if not kept:
             raise SystemExit(

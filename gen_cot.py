@@ -1,19 +1,21 @@
 """Writes a chain of thought for every composite sample: from a local teacher, a served teacher, or an attribute table.
 
-reads   --samples: samples.jsonl of synth_data.py; --knowledge: {"Name": {"category", "description"}} (teacher `knowledge`)
+reads   --samples: samples.jsonl of synth_data.py
+        --knowledge: {"Name": {"category", "description"}} (teacher `knowledge`)
 writes  --out: samples.jsonl (rows with cot, teacher and <think>/<answer> messages), rejected.jsonl, stats.json,
         config.json, part-*.jsonl (one line per finished row, so that a killed run continues)
 
-  smoke    python gen_cot.py --samples runs/toy/synth/samples.jsonl --knowledge runs/toy/world/knowledge.json --out runs/toy/cot
+  smoke    python gen_cot.py --samples runs/toy/synth/samples.jsonl --knowledge runs/toy/world/knowledge.json
+           --out runs/toy/cot
   served   python gen_cot.py --samples runs/synth/samples.jsonl --teacher openai --base_url http://localhost:8000/v1
            --teacher_model Qwen/Qwen2-VL-72B-Instruct --out runs/cot
   8 GPUs   torchrun --nproc_per_node 8 gen_cot.py --samples runs/synth/samples.jsonl --teacher hf
            --teacher_model Qwen/Qwen2-VL-7B-Instruct --out runs/cot  (72B: python, one process, --device_map auto)
 
-As in the paper (arXiv 2503.12797) the teacher sees all labels and boxes and the target's box, and rationalises: Planning,
-Visual Analysis, Comparison, Conclusion. Differences: our own wording of the prompt; every chain is validated, a bad one is
-drawn again and at last rejected with its reason (the paper describes no filter and no retries); the `knowledge` teacher,
-which looks at nothing but the table. Boxes are on Qwen2-VL's 0..1000 grid, and the prompt says so.
+As in the paper (arXiv 2503.12797) the teacher sees all labels and boxes and the target's box, and rationalises:
+Planning, Visual Analysis, Comparison, Conclusion. Differences: our own wording of the prompt; every chain is validated,
+a bad one is drawn again and at last rejected with its reason (the paper describes no filter and no retries); the
+`knowledge` teacher, which looks at nothing but the table. Boxes are on Qwen2-VL's 0..1000 grid, and the prompt says so.
 """
 
 import argparse
@@ -41,9 +43,11 @@ from tqdm import tqdm
 TEACHER_PROMPT = """This image shows {listed}.
 Boxes are (x1,y1),(x2,y2), on a grid from 0 to 1000 over the width and over the height of the image.
 The bounding box of {target} is {box}.
-Write the reasoning by which an expert who sees only the image would find {target}, from the image and from what is known about its looks.
+Write the reasoning by which an expert who sees only the image would find {target}, \
+from the image and from what is known about its looks.
 Notes:
-1. Compare {target} in detail with the other objects, which are of the same kind, until there is evidence that only it shows.
+1. Compare {target} in detail with the other objects, which are of the same kind, \
+until there is evidence that only it shows.
 2. First analyse the visible features of every object, and only then compare.
 3. An object called [Unknown] has no known name; it can still be compared by its looks.
 Write exactly four parts, each beginning on a new line with its heading, and nothing before the first:
@@ -53,17 +57,18 @@ Comparison: which features set {target} apart from each of the others.
 Conclusion: the decision; the last words are the box of {target}, written as (x1,y1),(x2,y2).
 Never mention that names, boxes or these notes were given to you."""
 HEADINGS = re.compile(r"^[ \t#*\d.)]*(planning|visual analysis|comparison|conclusion)[ \t*]*(?::|$)", re.I | re.M)
-MARKUP = re.compile(
-    r"</?(?:think|answer|image|video)>|<\|", re.I
-)  # in the training text it would open a turn, a block or an image
+# in the training text it would open a turn, a block or an image
+MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)
 INLINE = re.compile(r"<\|(?:box|object_ref)_(?:start|end)\|>")  # Qwen's own way to write names and boxes; dropped
 GIVEN = r"(?:provided|given|supplied|stated|specified)"
+ARE = r"(?:is|are|was|were|has been|have been)"
+MATCHES = r"(?:match|matches|matching|consistent with|confirmed by|according to)"
 BETRAYALS = [re.compile(pattern, re.I) for pattern in (
     rf"\b{GIVEN} (?:bounding box|box|coordinate|label|name|annotation|location|information|answer)",
-    rf"\b(?:box|boxes|coordinates?|labels?|names?|annotations?)(?: (?:that )?(?:is|are|was|were|has been|have been))? {GIVEN}\b",
+    rf"\b(?:box|boxes|coordinates?|labels?|names?|annotations?)(?: (?:that )?{ARE})? {GIVEN}\b",
     rf"\bbounding box[^.\n]{{0,60}}\b{GIVEN}\b",
     rf"\bas {GIVEN}\b",
-    r"\b(?:match|matches|matching|consistent with|confirmed by|according to) the (?:\w+ )?(?:bounding box|coordinates|labels?|annotations?)\b",
+    rf"\b{MATCHES} the (?:\w+ )?(?:bounding box|coordinates|labels?|annotations?)\b",
     r"\bthe (?:prompt|instructions?|annotations?|notes)\b",
     r"\bground[- ]truth\b",
     r"\b(?:I|we) (?:am|are|was|were|have been) (?:told|given|provided)\b",
@@ -128,12 +133,14 @@ def parse_args(argv=None):
         raise SystemExit(f"--teacher {args.teacher}: no --teacher_model; want the name of a Qwen-VL; give one")
     if args.teacher != "knowledge" and args.temperature <= 0 and args.max_attempts > 1:
         raise SystemExit(
-            f"--temperature {args.temperature}: the attempts would be equal; want more than 0; raise it or set --max_attempts 1"
+            f"--temperature {args.temperature}: the attempts would be equal; want more than 0; "
+            "raise it or set --max_attempts 1"
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and (args.teacher != "hf" or args.device_map):
         raise SystemExit(
-            f"torchrun with {world_size} processes: only --teacher hf without --device_map is data-parallel; run plain python"
+            f"torchrun with {world_size} processes: only --teacher hf without --device_map is data-parallel; "
+            "run plain python"
         )
     if args.device_map and not importlib.util.find_spec("accelerate"):
         raise SystemExit(
@@ -302,9 +309,8 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
-                )
+                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
+                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
             r = {
@@ -373,8 +379,15 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, width, height):
-    """Number of <|image_pad|> that an image of this size takes."""
+def visual_tokens(image_processor, image):
+    """Number of <|image_pad|> that an image takes, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            width, height = im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+        ) from None
     return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
 
 
@@ -505,8 +518,16 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
     text = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
-                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=torch.cat([text[None], rope]),
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
     # from here on one row per completion
     cache.batch_repeat_interleave(generations)
@@ -543,8 +564,13 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
             active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
-                       use_cache=True).logits[:, -1]  # fmt: skip
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position[..., None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     finished = torch.isin(tokens, stop).any(-1).tolist()
     tokens, logps = tokens.tolist(), logps.cpu()
     out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
@@ -566,7 +592,7 @@ def box_text(bbox_1000):
 
 
 def knowledge_cot(row, knowledge):
-    """(chain, None) from the table alone, or (None, reason). Objects come in reading order: upper half first, each from the left."""
+    """(chain, None) from the table alone, or (None, reason). Reading order: upper half first, each from the left."""
     entities, target = row["entities"], row["entities"][row["target"]]
     for e in entities:
         if e["entity"] not in knowledge:
@@ -579,12 +605,15 @@ def knowledge_cot(row, knowledge):
         entities, key=lambda e: (e["bbox_1000"][1] + e["bbox_1000"][3] > 1000, e["bbox_1000"][0] + e["bbox_1000"][2])
     )
     listed = "\n".join(f"{looks[e['entity']]} {box_text(e['bbox_1000'])}" for e in ordered)
-    return (f"Planning: {name} is {look}.\nVisual Analysis:\n{listed}\n"
-            f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is at {box}."), None  # fmt: skip
+    chain = (
+        f"Planning: {name} is {look}.\nVisual Analysis:\n{listed}\n"
+        f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is at {box}."
+    )
+    return chain, None
 
 
 def teacher_prompt(row):
-    """What a model teacher is asked: all labels and boxes, the target's box, the paper's three notes, four headed parts."""
+    """What a model is asked: all labels and boxes, the target's box, the paper's three notes, four headed parts."""
     target = row["entities"][row["target"]]
     listed = ", ".join(f"{e['entity']} {box_text(e['bbox_1000'])}" for e in row["entities"])
     return TEACHER_PROMPT.format(listed=listed, target=target["entity"], box=box_text(target["bbox_1000"]))
@@ -628,7 +657,7 @@ def judge(response, cut, row, args):
 
 # ---- data ----
 def read_composites(path):
-    """Rows of synth_data.py. Errors: one line for a missing column, a doubled id, a target or box that is none, a missing image."""
+    """Rows of synth_data.py. Errors: one line for a missing column or image, a doubled id, a bad target or box."""
     path = Path(path)
     rows, seen = read_jsonl(path, ("id", "images", "entities", "target", "question", "answer")), set()
     for r in rows:
@@ -642,7 +671,8 @@ def read_composites(path):
         sound = [len(b) == 4 and 0 <= b[0] < b[2] <= 1000 and 0 <= b[1] < b[3] <= 1000 for b in bboxes_1000]
         if len(sound) < len(r["entities"]) or not all(sound):
             raise SystemExit(
-                f"{where}: an entity without name, or bbox_1000 not 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row"
+                f"{where}: an entity without name or sound bbox_1000; "
+                "want 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row"
             )
         if len(r["images"]) != 1 or not (path.parent / r["images"][0]).is_file():
             raise SystemExit(
@@ -653,7 +683,7 @@ def read_composites(path):
 
 
 def read_knowledge(path):
-    """{name: {"category", "description"}}. Errors: one line for a missing file, broken JSON or an entry without a description."""
+    """{name: {"category", "description"}}. Errors: one line for a missing file, broken JSON or no description."""
     want = 'want {"Name": {"category", "description"}}; mend the file or check the path'
     if not os.path.isfile(path):
         raise SystemExit(f"--knowledge {path}: no such file; {want}")
@@ -689,19 +719,16 @@ def record_of(row, cot, reason, attempt, response, usage):
 
 
 def load_teacher(args, device):
-    """Model, tokenizer and image processor of a local Qwen-VL. Errors: one line for a model that is none or no Qwen-VL."""
+    """Model, tokenizer and image processor of a local Qwen-VL. Errors: one line for what is no model or no Qwen-VL."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    where = f"--teacher_model {args.teacher_model}"
     try:
         kind = AutoConfig.from_pretrained(args.teacher_model).model_type
     except (OSError, ValueError) as e:
-        raise SystemExit(
-            f"--teacher_model {args.teacher_model}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it"
-        ) from None
+        raise SystemExit(f"{where}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it") from None
     if not re.fullmatch(r"qwen\w*_vl\w*", kind):
-        raise SystemExit(
-            f"--teacher_model {args.teacher_model}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai"
-        )
+        raise SystemExit(f"{where}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai")
     tokenizer, image_processor = load_processors(args.teacher_model, args.max_pixels)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -760,25 +787,25 @@ async def ask_served(rows, args, save):
             usage["requests"] += 1
             try:
                 reply = await client.chat.completions.create(
-                    model=args.teacher_model, messages=[{"role": "user", "content": prompt}], temperature=args.temperature,
-                    max_tokens=args.max_completion_length, seed=seed)  # fmt: skip
+                    model=args.teacher_model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                    temperature=args.temperature, max_tokens=args.max_completion_length)  # fmt: skip
                 answered["requests"] += 1
                 for key in ("prompt_tokens", "completion_tokens"):
                     if tokens := getattr(getattr(reply, "usage", None), key, None):
                         usage[key] = usage.get(key, 0) + tokens
-                choices = getattr(
-                    reply, "choices", None
-                )  # a proxy may answer with a page of its own, which the client hands on as text
+                # a proxy may answer with a page of its own, which the client hands on as text
+                choices = getattr(reply, "choices", None)
                 content = (choices[0].message.content if choices else None) or ""
-                return content.encode("utf-8", "replace").decode(), bool(choices) and choices[
-                    0
-                ].finish_reason == "length"
+                cut = bool(choices) and choices[0].finish_reason == "length"
+                return content.encode("utf-8", "replace").decode(), cut
             except passing as e:
                 if getattr(e, "code", None) == "insufficient_quota" or retry == args.max_retries:
                     if answered["requests"] > before and not isinstance(e, openai.RateLimitError):
                         return f"{type(e).__name__}: {e}"[:500], None  # the server works for others: it is this row
-                    raise ConnectionError(f"{args.base_url}: {retry + 1} requests failed, last {type(e).__name__} ({e}); want a server that "
-                                          "answers; start or mend it, then the same command continues") from None  # fmt: skip
+                    raise ConnectionError(
+                        f"{args.base_url}: {retry + 1} requests failed, last {type(e).__name__} ({e}); "
+                        "want a server that answers; start or mend it, then the same command continues"
+                    ) from None
                 wait = min(60.0, 2.0**retry) * random.uniform(0.5, 1.5)  # jitter: or all workers come back at once
                 after = getattr(getattr(e, "response", None), "headers", {}).get("retry-after", "")
                 wait = min(600.0, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
@@ -787,14 +814,12 @@ async def ask_served(rows, args, save):
                     print(f"{args.base_url}: {type(e).__name__} ({e}); still trying", file=sys.stderr)
                 await asyncio.sleep(wait)
             except openai.APIStatusError as e:
-                if e.status_code in (
-                    400,
-                    413,
-                    422,
-                ):  # this row, not the server: too long, or refused by its content rules
+                if e.status_code in (400, 413, 422):  # the row's fault: too long, or refused by the content rules
                     return str(e)[:500], None
-                raise ConnectionError(f"{args.base_url}: {type(e).__name__} ({e}); want --base_url, --teacher_model and OPENAI_API_KEY "
-                                      "that fit the server; mend them, then the same command continues") from None  # fmt: skip
+                raise ConnectionError(
+                    f"{args.base_url}: {type(e).__name__} ({e}); want --base_url, --teacher_model and OPENAI_API_KEY "
+                    "that fit the server; mend them, then the same command continues"
+                ) from None
 
     async def worker():
         for row in todo:  # all workers draw from one iterator
@@ -819,7 +844,7 @@ async def ask_served(rows, args, save):
 
 
 def merge(rows, args, out, seconds):
-    """Writes samples.jsonl, rejected.jsonl and stats.json from the part files, in the order of the input. Returns stats."""
+    """Writes samples.jsonl, rejected.jsonl and stats.json from the part files, in the input's order. Returns stats."""
     records = {r["id"]: r for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
     kept, rejected = [], []
     for row in rows:
@@ -827,8 +852,9 @@ def merge(rows, args, out, seconds):
         if r["reason"]:
             rejected.append({"id": r["id"], "reason": r["reason"], "attempts": r["attempt"], "response": r["response"]})
             continue
+        completion = f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"
         messages = [{"role": "user", "content": "<image>" + row["question"] + R1_SUFFIX},
-                    {"role": "assistant", "content": f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"}]  # fmt: skip
+                    {"role": "assistant", "content": completion}]  # fmt: skip
         images = [
             Path(os.path.relpath(Path(args.samples).parent.resolve() / i, out.resolve())).as_posix()
             for i in row["images"]
@@ -839,7 +865,8 @@ def merge(rows, args, out, seconds):
             "attempt": r["attempt"],
         }
         kept.append(row | {"images": images, "messages": messages, "cot": r["cot"], "teacher": teacher})
-    stats = {"rows": len(rows), "kept": len(kept), "rejected": dict(Counter(r["reason"].split(":")[0] for r in rejected).most_common()),
+    reasons = Counter(r["reason"].split(":")[0] for r in rejected)
+    stats = {"rows": len(rows), "kept": len(kept), "rejected": dict(reasons.most_common()),
              "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
              "words": round(sum(len(r["cot"].split()) for r in kept) / max(1, len(kept)), 1)}  # fmt: skip
     for key in ("requests", "retries", "prompt_tokens", "completion_tokens"):
@@ -862,9 +889,8 @@ def main():
             f"--out {out}: holds --samples itself; want another folder, or the input would be overwritten; give one"
         )
     table = read_knowledge(args.knowledge) if args.teacher == "knowledge" else None
-    inputs = {"samples_sha": args.samples} | (
-        {"knowledge_sha": args.knowledge} if table else {}
-    )  # the same path may hold another file
+    # the same path may hold another file
+    inputs = {"samples_sha": args.samples} | ({"knowledge_sha": args.knowledge} if table else {})
     inputs = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for name, path in inputs.items()}
     rank, world_size, device = init_dist(timeout_minutes=7 * 24 * 60) if args.teacher == "hf" else (0, 1, None)
     done = None
@@ -886,7 +912,8 @@ def main():
     done = broadcast(done) if world_size > 1 else done
     todo = [row for row in rows if row["id"] not in done]
     print0(
-        f"gen_cot: {len(rows)} rows, {len(rows) - len(todo)} of them done before, teacher {args.teacher}, {world_size} processes"
+        f"gen_cot: {len(rows)} rows, {len(rows) - len(todo)} of them done before, "
+        f"teacher {args.teacher}, {world_size} processes"
     )
 
     mine = todo[rank::world_size]
@@ -917,8 +944,10 @@ def main():
     stats = merge(rows, args, out, time.time() - start)
     reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].items())
     if not stats["kept"]:
-        raise SystemExit(f"{out}: 0 of {len(rows)} chains kept ({reasons}); want a teacher that keeps to the format; read "
-                         f"{out / 'rejected.jsonl'}, then use another teacher and --out")  # fmt: skip
+        raise SystemExit(
+            f"{out}: 0 of {len(rows)} chains kept ({reasons}); want a teacher that keeps to the format; "
+            f"read {out / 'rejected.jsonl'}, then use another teacher and --out"
+        )
     print(f"gen_cot: {stats['kept']} kept, {len(rows) - stats['kept']} rejected{f' ({reasons})' if reasons else ''}, "
           f"{time.time() - start:.1f} s -> {out / 'samples.jsonl'}")  # fmt: skip
 

@@ -5,7 +5,6 @@ writes  --out: samples.jsonl (one row per query), images/, stats.json, preview.p
 
   smoke    python synth_data.py --source runs/toy/world/train --out runs/synth --num_samples 32 --canvas_size 168 112
   photos   python synth_data.py --source fgvr/ --out runs/synth --num_samples 25000 --num_workers 16
-  N GPUs   torchrun --nproc_per_node 8 synth_data.py --source fgvr/ --box_model Qwen/Qwen2-VL-7B-Instruct --boxes_only
 
 The paper (arXiv 2503.12797, data engine) draws 2 to 6 different entities of one category per image and lays them out in
 a row, a column, a grid or at random; it does not state the distributions. Ours: uniform over k and over layouts. Every
@@ -173,9 +172,7 @@ def read_sources(source):
         if not found:
             raise SystemExit(f"--source {source}: no images; want category/entity/*.png|jpg below it; check the path")
         if not boxes_file.exists():
-            raise SystemExit(
-                f"{boxes_file}: no boxes; want one {{image, bbox_px}} a line; make it with --box_model or by hand"
-            )
+            raise SystemExit(f"{boxes_file}: no boxes; want one {{image, bbox_px}} a line; write it")
         boxes = {r["image"]: r["bbox_px"] for r in read_jsonl(boxes_file, ("image", "bbox_px"))}
         rows = [
             {
@@ -432,8 +429,8 @@ def main():
     }
     write_text(out / "stats.json", json.dumps(stats, indent=1, ensure_ascii=False) + "\n")
     print(
-        f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, {len(bad)} unreadable, "
-        f"{stats['seconds']} s -> {samples}, {out / 'preview.png'}"
+        f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, "
+        f"{len(bad)} unreadable, {stats['seconds']} s -> {samples}, {out / 'preview.png'}"
     )
 
 

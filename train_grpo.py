@@ -1,18 +1,18 @@
 """Stage 2: GRPO from scratch on a Qwen2-VL that thinks before it points, with an IoU reward.
 
 reads   --data: samples.jsonl of filter.py (or any rows with boxes), or the released GRPO parquet
-writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/ (the model)
+writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/
 
-  smoke    python train_grpo.py --model runs/toy/train_cot_sft/final --data runs/toy/filter_grpo/samples.jsonl --output_dir ...
+  smoke    python train_grpo.py --model runs/toy/train_cot_sft/final --data runs/toy/filter_grpo/samples.jsonl ...
   1 GPU    python train_grpo.py --model runs/cot_sft/final --data runs/grpo_data/samples.jsonl --output_dir ...
   8 GPUs   torchrun --nproc_per_node 8 train_grpo.py --model runs/cot_sft/final --data ... --output_dir ...
 
 One step: 1 draw prompts  2 roll out G completions each, all prompts of the step together  3 rewards by name
 4 advantages within the group  5 clipped loss (+ beta x k3 KL)  6 update.
 Paper defaults (arXiv 2503.12797 and its released trainer): 16 prompts a step, G = 4, temperature 1, lr 1e-6 linear, 512
-new tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is 0
-(0.04 there), so that no reference model is needed; both halves of the format reward can be paid; a box counts only in the
-strict grammar below; the sampled ids are the trained ids; log-probs use the sampler's temperature and banned tokens.
+new tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is
+0 (0.04 there), so that no reference model is needed; both halves of the format reward can be paid; a box counts only in
+the strict grammar below; the sampled ids are the trained ids, scored with the sampler's temperature and banned tokens.
 Shapes: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary.
 """
 
@@ -30,6 +30,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -353,9 +354,8 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
-                )
+                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
+                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
             r = {
@@ -424,8 +424,15 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, width, height):
-    """Number of <|image_pad|> that an image of this size takes."""
+def visual_tokens(image_processor, image):
+    """Number of <|image_pad|> that an image takes, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            width, height = im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+        ) from None
     return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
 
 
@@ -505,8 +512,12 @@ def start_engine(model, args, accumulation_steps):
             f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
-               "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -538,7 +549,7 @@ def export_model(engine, tokenizer, image_processor, folder):
 
 
 def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
-    """checkpoint-{step}/: engine state, state.json, a Hugging Face export; renamed last, so it is complete or absent."""
+    """checkpoint-{step}/: engine state, state.json, Hugging Face export; renamed last, so it is complete or absent."""
     folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
@@ -566,9 +577,14 @@ def resume(engine, output_dir):
     return json.loads(newest.read_text(encoding="utf-8"))
 
 
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    return random.Random(f"{seed}:{epoch}").sample(range(count), count)
+
+
 def epoch_order(index, count, seed):
     """Sample number `index` of an endless stream of seeded shuffles of range(count)."""
-    return random.Random(f"{seed}:{index // count}").sample(range(count), count)[index % count]
+    return shuffled(count, seed, index // count)[index % count]
 
 
 # <<< shared:engine
@@ -708,8 +724,16 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
     rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
     text = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=torch.cat([text[None], rope]), pixel_values=pixels,
-                   image_grid_thw=grid, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=torch.cat([text[None], rope]),
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
 
     # from here on one row per completion
     cache.batch_repeat_interleave(generations)
@@ -746,8 +770,13 @@ def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temper
             active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position[..., None], past_key_values=cache,
-                       use_cache=True).logits[:, -1]  # fmt: skip
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position[..., None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
     finished = torch.isin(tokens, stop).any(-1).tolist()
     tokens, logps = tokens.tolist(), logps.cpu()
     out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
@@ -807,8 +836,8 @@ def completion_logps(model, tokenizer, group, temperature):
         mask[row, : P + len(completion)] = 1
     is_image = torch.zeros_like(ids)
     is_image[:, :P] = ids[:, :P] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image.int(),
-             "pixel_values": group.inputs["pixel_values"].repeat(G, 1), "image_grid_thw": group.inputs["image_grid_thw"].repeat(G, 1)}  # fmt: skip
+    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image.int()}
+    batch |= {key: group.inputs[key].repeat(G, 1) for key in ("pixel_values", "image_grid_thw")}
     logits = (
         model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, logits_to_keep=C + 1)
         .logits[:, :-1]
@@ -872,37 +901,45 @@ def roll_out_step(model, tokenizer, image_processor, samples, step, args):
 
 
 def step_metrics(groups, device):
-    """Means over all completions of the step on all ranks; names are TRL's where TRL has one."""
-    completions = [(g, i) for g in groups for i in range(len(g.rewards))]
-    sums = {
-        "n": len(completions), "groups": len(groups), "tokens": sum(len(g.completion_ids[i]) for g, i in completions),
-        "reward": sum(g.rewards[i] for g, i in completions), "square": sum(g.rewards[i] ** 2 for g, i in completions),
-        "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-        "clipped": sum(not g.finished[i] for g, i in completions),
-        "parsed": sum(parse_bbox(g.texts[i]) is not None for g, i in completions),
-        "acc@0.5": sum(iou_of(g.texts[i], g.sample) >= 0.5 for g, i in completions),
-    }  # fmt: skip
-    sums |= {
-        f"rewards/{name}/mean": sum(sum(g.rewards_per_func[name]) for g in groups)
-        for name in groups[0].rewards_per_func
+    """Means over all completions of the step on all ranks (names are TRL's where it has one), and how many they are.
+
+    Shapes: groups of this rank -> {name: float}, number of completions, number of completion tokens.
+    """
+    texts = [(t, g.sample) for g in groups for t in g.texts]
+    values = {
+        "reward": [r for g in groups for r in g.rewards],
+        **{f"rewards/{f}/mean": [r for g in groups for r in g.rewards_per_func[f]] for f in groups[0].rewards_per_func},
+        "acc@0.5": [iou_of(text, sample) >= 0.5 for text, sample in texts],
+        "parse_rate": [parse_bbox(text) is not None for text, _ in texts],
+        "completions/mean_length": [len(ids) for g in groups for ids in g.completion_ids],
+        "completions/clipped_ratio": [not end for g in groups for end in g.finished],
     }
-    total = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
-    n = total["n"]
-    return {
-        "reward": total["reward"] / n, "reward_std": max(0.0, total["square"] / n - (total["reward"] / n) ** 2) ** 0.5,
-        **{k: v / n for k, v in total.items() if k.startswith("rewards/")},
-        "frac_reward_zero_std": total["frac_reward_zero_std"] / total["groups"], "completions/mean_length": total["tokens"] / n,
-        "completions/clipped_ratio": total["clipped"] / n, "parse_rate": total["parsed"] / n, "acc@0.5": total["acc@0.5"] / n,
-    }, int(n), int(total["tokens"])  # fmt: skip
+    constant = sum(max(g.rewards) == min(g.rewards) for g in groups)
+    squares = sum(r * r for r in values["reward"])
+    total = all_sum([len(texts), len(groups), constant, squares, *map(sum, values.values())], device)
+    n, num_groups, constant, squares = total[:4]
+    means = {name: t / n for name, t in zip(values, total[4:], strict=True)}
+    means["reward_std"] = max(0.0, squares / n - means["reward"] ** 2) ** 0.5
+    means["frac_reward_zero_std"] = constant / num_groups
+    return means, int(n), int(total[4 + list(values).index("completions/mean_length")])
+
+
+def group_row(group, step):
+    """A whole group for samples.jsonl."""
+    completions = [
+        {"text": t, "bbox_1000": parse_bbox(t), "reward": r, "advantage": a}
+        | {name: values[i] for name, values in group.rewards_per_func.items()}
+        for i, (t, r, a) in enumerate(zip(group.texts, group.rewards, group.advantages, strict=True))
+    ]
+    return {"step": step, "id": group.sample["id"], "bbox_1000": group.sample["bbox_1000"], "completions": completions}
 
 
 def main():
     args, start = parse_args(), time.time()
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
-        raise SystemExit(
-            f"{args.data} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend the row"
-        )
+        box = "<|box_start|>(x1,y1),(x2,y2)<|box_end|>"
+        raise SystemExit(f"{args.data} ({missing[0]}): no box in the answer; want {box}; mend or drop the row")
     check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
@@ -928,6 +965,13 @@ def main():
     torch.manual_seed(args.seed)
 
     tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+    for s in samples[rank::world_size]:
+        length = len(prompt_ids(tokenizer, s["question"] + R1_SUFFIX, visual_tokens(image_processor, s["image"])))
+        if length > args.max_prompt_length:
+            raise SystemExit(
+                f"{args.data} ({s['id']}): prompt of {length} tokens; want at most --max_prompt_length "
+                f"{args.max_prompt_length}; raise it, lower --max_pixels or drop the row; a prompt is never cut"
+            )
     model = load_model(args.model, args.dtype, device)
     if args.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -944,7 +988,7 @@ def main():
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
     print0(
-        f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} prompts x {args.num_generations}, "
+        f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} x {args.num_generations}, "
         f"{world_size} ranks, {model.dtype} on {device.type}, reference model {'on' if reference else 'off'}"
     )
 
@@ -993,32 +1037,41 @@ def main():
                 f"step {step}: loss is {sums['loss']}; want a finite number; lower --learning_rate, resume from {out}"
             )
         if rank == 0 and step % args.logging_steps == 0:
-            row = {"step": step, "loss": sums["loss"], **metrics, "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-                   "learning_rate": rate, "num_tokens": num_tokens, "sampling/logp_diff": sums["drift"] / step_tokens,
-                   "gen_time": generated - began, "step_time": time.time() - began}  # fmt: skip
+            row = {
+                "step": step,
+                "loss": sums["loss"],
+                **metrics,
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "learning_rate": rate,
+                "num_tokens": num_tokens,
+                "sampling/logp_diff": sums["drift"] / step_tokens,
+                "gen_time": generated - began,
+                "step_time": time.time() - began,
+            }
             if reference is not None:
                 row["kl"] = sums["kl"] / step_tokens
             if args.num_iterations > 1:
                 row["clip_ratio/region_mean"] = sums["clip"] / step_tokens
             append_row(out / "metrics.jsonl", row)
             for group in groups[: args.log_completions]:
-                append_row(out / "samples.jsonl", {"step": step, "id": group.sample["id"], "bbox_1000": group.sample["bbox_1000"], "completions": [
-                    {"text": t, "bbox_1000": parse_bbox(t), "reward": r, "advantage": a} | {n: v[i] for n, v in group.rewards_per_func.items()}
-                    for i, (t, r, a) in enumerate(zip(group.texts, group.rewards, group.advantages, strict=True))]})  # fmt: skip
+                append_row(out / "samples.jsonl", group_row(group, step))
             eta = (total_steps - step) * (time.time() - start) / (step - first)
             parts = " | ".join(f"{name} {row[f'rewards/{name}/mean']:.3f}" for name in args.reward_funcs)
-            print0(f"step {step:05d}/{total_steps:05d} | loss {row['loss']:+.4f} | reward {row['reward']:.3f} ± {row['reward_std']:.3f} | {parts} | "
-                   f"acc {row['acc@0.5']:.2f} | zero-std {row['frac_reward_zero_std']:.2f} | len {row['completions/mean_length']:.0f} | "
-                   f"trunc {row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
-                   f"{row['step_time']:.1f}s (gen {row['gen_time']:.1f}) | eta {eta / 60:.1f} min")  # fmt: skip
+            print0(
+                f"step {step:05d}/{total_steps:05d} | loss {row['loss']:+.4f} | reward {row['reward']:.3f} ± "
+                f"{row['reward_std']:.3f} | {parts} | acc {row['acc@0.5']:.2f} | zero-std "
+                f"{row['frac_reward_zero_std']:.2f} | len {row['completions/mean_length']:.0f} | trunc "
+                f"{row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
+                f"{row['step_time']:.1f}s (gen {row['gen_time']:.1f}) | eta {eta / 60:.1f} min"
+            )
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
             )
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
-        keys = ["reward", *(f"rewards/{name}/mean" for name in args.reward_funcs), "acc@0.5", "parse_rate", "frac_reward_zero_std",
-                "completions/mean_length", "grad_norm", "kl"]  # fmt: skip
+        keys = ["reward", *(f"rewards/{name}/mean" for name in args.reward_funcs), "acc@0.5", "parse_rate"]
+        keys += ["frac_reward_zero_std", "completions/mean_length", "grad_norm", "kl"]
         draw_curves(out / "metrics.jsonl", out / "curves.png", keys)
     print0(f"train_grpo: {time.time() - start:.0f} s -> {out / 'final'}, {out / 'curves.png'}")
     dist.destroy_process_group()

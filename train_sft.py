@@ -8,8 +8,8 @@ writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (res
   8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data ... --output_dir runs/sft
 
 Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW
-5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is skipped
-and counted, never cut; the loss is the mean over the assistant tokens of the whole step on all ranks, no mean of means.
+5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is
+skipped and counted, never cut; the loss is the mean over all assistant tokens of the step, on all ranks.
 Shapes: B rows, L tokens (left to right: prompt with image, completion), V vocabulary.
 """
 
@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import time
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -305,9 +306,8 @@ def read_samples(path):
         completion, suffix = None, ""
         if "messages" in r:
             if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                raise SystemExit(
-                    f"{where}: {len(r.get('images') or [])} images, {len(r['messages'])} messages; want 1 image, 2 messages"
-                )
+                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
+                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
             user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
             suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
             r = {
@@ -376,8 +376,15 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, width, height):
-    """Number of <|image_pad|> that an image of this size takes."""
+def visual_tokens(image_processor, image):
+    """Number of <|image_pad|> that an image takes, from its header alone."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            width, height = im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+        ) from None
     return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
 
 
@@ -457,8 +464,12 @@ def start_engine(model, args, accumulation_steps):
             f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation_steps,
-               "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16}}  # fmt: skip
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -490,7 +501,7 @@ def export_model(engine, tokenizer, image_processor, folder):
 
 
 def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep):
-    """checkpoint-{step}/: engine state, state.json, a Hugging Face export; renamed last, so it is complete or absent."""
+    """checkpoint-{step}/: engine state, state.json, Hugging Face export; renamed last, so it is complete or absent."""
     folder = Path(output_dir) / f"checkpoint-{state['step']}"
     part = Path(f"{folder}.tmp")
     if engine.global_rank == 0:
@@ -518,9 +529,14 @@ def resume(engine, output_dir):
     return json.loads(newest.read_text(encoding="utf-8"))
 
 
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    return random.Random(f"{seed}:{epoch}").sample(range(count), count)
+
+
 def epoch_order(index, count, seed):
     """Sample number `index` of an endless stream of seeded shuffles of range(count)."""
-    return random.Random(f"{seed}:{index // count}").sample(range(count), count)[index % count]
+    return shuffled(count, seed, index // count)[index % count]
 
 
 # <<< shared:engine
@@ -536,10 +552,9 @@ def wanted(sample, target):
 
 def row_length(sample, tokenizer, image_processor, target):
     """Tokens of a row, from the image's header alone."""
-    with Image.open(io.BytesIO(sample["image"]) if isinstance(sample["image"], bytes) else sample["image"]) as image:
-        count = visual_tokens(image_processor, *image.size)
     question, completion = wanted(sample, target)
-    return len(prompt_ids(tokenizer, question, count)) + len(tokenizer.encode(completion, add_special_tokens=False)) + 1
+    prompt = prompt_ids(tokenizer, question, visual_tokens(image_processor, sample["image"]))
+    return len(prompt) + len(tokenizer.encode(completion, add_special_tokens=False)) + 1
 
 
 def encode_row(sample, tokenizer, image_processor, target):
@@ -547,12 +562,12 @@ def encode_row(sample, tokenizer, image_processor, target):
     question, completion = wanted(sample, target)
     x = chat_inputs(tokenizer, image_processor, sample["image"], question)
     completion_ids = tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)
-    return {"input_ids": x["prompt_ids"] + completion_ids, "labels": [IGNORE_INDEX] * len(x["prompt_ids"]) + completion_ids,
-            "pixel_values": x["pixel_values"], "image_grid_thw": x["image_grid_thw"]}  # fmt: skip
+    prompt = x.pop("prompt_ids")
+    return x | {"input_ids": prompt + completion_ids, "labels": [IGNORE_INDEX] * len(prompt) + completion_ids}
 
 
 class Rows(torch.utils.data.Dataset):
-    """The rows this rank trains on, in order; item n of step s is number s * train_batch_size + n of the shuffled stream."""
+    """The rows this rank trains on, in the order in which it does."""
 
     def __init__(self, samples, order, tokenizer, image_processor, args):
         self.samples, self.order = samples, order
@@ -657,8 +672,11 @@ def main():
         for i in range(s * n + rank, (s + 1) * n, world_size)
     ]
     image_id, pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>"), tokenizer.pad_token_id
-    loader = torch.utils.data.DataLoader(Rows(kept, order, tokenizer, image_processor, args), args.per_device_train_batch_size,
-                                         collate_fn=lambda rows: collate(rows, pad_id, image_id))  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        Rows(kept, order, tokenizer, image_processor, args),
+        batch_size=args.per_device_train_batch_size,
+        collate_fn=lambda rows: collate(rows, pad_id, image_id),
+    )
     batches, since = iter(loader), time.time()
     engine.train()
     for step in range(first + 1, total_steps + 1):
@@ -683,12 +701,21 @@ def main():
         num_tokens += int(tokens)
         if rank == 0 and step % args.logging_steps == 0:
             elapsed = time.time() - since
-            row = {"step": step, "loss": total_loss, "grad_norm": float(engine.get_global_grad_norm() or 0.0), "learning_rate": rate,
-                   "num_tokens": num_tokens, "step_time": elapsed / args.logging_steps, "epoch": step * n / len(kept)}  # fmt: skip
+            row = {
+                "step": step,
+                "loss": total_loss,
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "learning_rate": rate,
+                "num_tokens": num_tokens,
+                "epoch": step * n / len(kept),
+                "step_time": elapsed / args.logging_steps,
+            }
             append_row(out / "metrics.jsonl", row)
             eta = (total_steps - step) * (time.time() - start) / max(1, step - first)
-            print0(f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
-                   f"{row['step_time']:.2f}s | eta {eta / 60:.1f} min")  # fmt: skip
+            print0(
+                f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | "
+                f"lr {rate:.1e} | {row['step_time']:.2f}s | eta {eta / 60:.1f} min"
+            )
             since = time.time()
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
             save_checkpoint(

@@ -1,4 +1,4 @@
-"""Fixtures: the toy world, samples of it, and a tiny random Qwen2-VL on disk; all made in seconds, nothing is downloaded."""
+"""Fixtures: the toy world, samples of it, and a tiny random Qwen2-VL on disk; made in seconds, without downloads."""
 
 import os
 import subprocess
@@ -21,8 +21,8 @@ def run_script(script, *args, check=True, launcher=(sys.executable,), **env):
     return done
 
 
-SCENE_FLAGS = ("--canvas_size", 168, 112, "--grid", 3, 2, "--layouts", "grid", "--background", "gradient", "--entity_scale", 0.6, 0.95,
-               "--num_workers", 1)  # fmt: skip
+SCENE_FLAGS = ("--canvas_size", 168, 112, "--grid", 3, 2, "--layouts", "grid", "--background", "gradient",
+               "--entity_scale", 0.6, 0.95, "--num_workers", 1)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

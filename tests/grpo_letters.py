@@ -1,4 +1,4 @@
-"""train_grpo.py with one more reward, `letters`, that a random model can earn: so that its gradients are not all zero."""
+"""train_grpo.py with one more reward, `letters`, that a random model can earn: its gradients are not all zero."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""eval_kvg.py: scores against numbers worked out by hand, intervals, comparison, the report, and runs on the tiny model."""
+"""eval_kvg.py: scores against numbers worked out by hand, intervals, comparison, report, runs on the tiny model."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def samples(bench):
 
 @pytest.fixture(scope="session")
 def scored(bench, samples, tmp_path_factory):
-    """A run on answers made elsewhere: case 0 exact, case 1 half as wide (IoU 0.5 or less), case 2 hostile text, the rest no box."""
+    """Answers made elsewhere: case 0 exact, case 1 half as wide (IoU 0.5 or less), case 2 hostile, the rest no box."""
     out = tmp_path_factory.mktemp("scored")
     texts = ["no idea"] * len(samples)
     x1, y1, x2, y2 = samples[1]["bbox_1000"]
@@ -94,8 +94,12 @@ def test_a_split_without_cases_is_null():
 
 def test_every_prompt_parses_its_own_kind_of_answer():
     sample = {"id": "a", "bbox_1000": [10, 20, 300, 400], "category": "c", "entity": "e", "image_id": "i"}
-    answers = {"r1": box_answer((10, 20, 300, 400)), "direct": "<|box_start|>(10,20),(300,400)<|box_end|>",
-               "cot": "It is on the left: (10,20),(300,400)", "json": '```json\n[{"bbox_2d": [10, 20, 300, 400]}]\n```'}  # fmt: skip
+    answers = {
+        "r1": box_answer((10, 20, 300, 400)),
+        "direct": "<|box_start|>(10,20),(300,400)<|box_end|>",
+        "cot": "It is on the left: (10,20),(300,400)",
+        "json": '```json\n[{"bbox_2d": [10, 20, 300, 400]}]\n```',
+    }
     for mode in eval_kvg.EVAL_PROMPTS:
         assert eval_kvg.score_answers([sample], {"a": {"response": answers[mode]}}, mode)[0]["correct"], mode
     assert not eval_kvg.score_answers([sample], {"a": {"response": answers["cot"]}}, "r1")[0]["correct"]
@@ -110,7 +114,7 @@ def test_the_interval_is_reproducible_and_contains_the_mean():
 
 
 def test_two_questions_on_one_image_move_together():
-    """40 images with two equal answers each carry the information of 40 answers, not of 80: the interval is sqrt(2) wider."""
+    """40 images with two equal answers each tell as much as 40 answers, not 80: the interval is sqrt(2) wider."""
     values = np.repeat(np.tile([0.0, 1.0], 20), 2)
     together = eval_kvg.image_bootstrap(values, [str(i // 2) for i in range(80)], 0)
     apart = eval_kvg.image_bootstrap(values, [str(i) for i in range(80)], 0)
@@ -148,9 +152,13 @@ def test_compare_gives_b_minus_a(tmp_path):
 # ---- errors ----
 def test_wrong_predictions_give_one_clear_line(bench, samples, tmp_path):
     rows = [{"question_id": s["id"], "response": "x"} for s in samples]
-    for change, words in ((rows[1:], "1 of 28 cases missing"), (rows + rows[:1], "occurs 2 times"),
-                          (rows + [{"question_id": "q", "response": ""}], "not in the bench"), ([{"question_id": "q"}], "no column 'response'"),
-                          ([rows[0] | {"response": 3}, *rows[1:]], "another type")):  # fmt: skip
+    for change, words in (
+        (rows[1:], "1 of 28 cases missing"),
+        (rows + rows[:1], "occurs 2 times"),
+        (rows + [{"question_id": "q", "response": ""}], "not in the bench"),
+        ([{"question_id": "q"}], "no column 'response'"),
+        ([rows[0] | {"response": 3}, *rows[1:]], "another type"),
+    ):
         with pytest.raises(SystemExit, match=words) as error:
             eval_kvg.read_foreign_answers(write_rows(tmp_path / "p.jsonl", change), samples)
         assert "\n" not in str(error.value) and "; want " in str(error.value)

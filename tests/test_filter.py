@@ -81,8 +81,9 @@ def test_cot_stage_keeps_sound_rows_and_names_the_rule_of_the_others(cot_dir, tm
 
 def measure(synth_dir, tiny_dir, out, *flags, launcher=(sys.executable,), check=False):
     """A random model solves nothing: keep 0 of 3 too, so that rows come out."""
-    return run_script("filter.py", "--stage", "grpo", "--model", tiny_dir, "--samples", synth_dir / "samples.jsonl", "--out", out, "--num_rollouts", 3,
-                      "--min_correct", 0, "--max_completion_length", 8, *flags, launcher=launcher, check=check)  # fmt: skip
+    return run_script("filter.py", "--stage", "grpo", "--model", tiny_dir, "--samples", synth_dir / "samples.jsonl",
+                      "--out", out, "--num_rollouts", 3, "--min_correct", 0, "--max_completion_length", 8, *flags,
+                      launcher=launcher, check=check)  # fmt: skip
 
 
 def test_difficulty_is_the_same_after_a_kill_and_on_two_ranks(synth_dir, tiny_dir, tmp_path):
@@ -112,7 +113,10 @@ def test_nothing_kept_is_an_error_with_the_reasons(synth_dir, tiny_dir, tmp_path
 def test_bad_flags_and_rows_get_one_clear_line(synth_dir, tiny_dir, tmp_path):
     row = (synth_dir / "samples.jsonl").read_text().splitlines()[0]
     (tmp_path / "twice.jsonl").write_text(f"{row}\n{row}\n")
-    for flags, message in ((("--num_rollouts", 1), "--num_rollouts >= 2"), (("--samples", tmp_path / "twice.jsonl"), "occurs twice"),
-                           (("--model", "nowhere"), "nowhere: no model")):  # fmt: skip
+    for flags, message in (
+        (("--num_rollouts", 1), "--num_rollouts >= 2"),
+        (("--samples", tmp_path / "twice.jsonl"), "occurs twice"),
+        (("--model", "nowhere"), "nowhere: no model"),
+    ):
         done = measure(synth_dir, tiny_dir, tmp_path / "o", *flags)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr

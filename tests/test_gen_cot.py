@@ -16,13 +16,22 @@ from PIL import Image
 import gen_cot
 
 ROW = {
-    "id": "a", "target": 1, "question": "Find and give the bounding box of <|object_ref_start|>Lo<|object_ref_end|>",
-    "answer": "<|object_ref_start|>Lo<|object_ref_end|><|box_start|>(10,20),(300,400)<|box_end|>", "images": ["images/a.png"],
-    "entities": [{"entity": "Mi", "bbox_1000": [500, 600, 700, 900]}, {"entity": "Lo", "bbox_1000": [10, 20, 300, 400]},
-                 {"entity": "Ra", "bbox_1000": [400, 100, 600, 500]}],
-}  # fmt: skip
-TABLE = {"Mi": {"category": "disc", "description": "a red disc"}, "Lo": {"category": "disc", "description": "a blue disc"},
-         "Ra": {"category": "disc", "description": "a green disc"}}  # fmt: skip
+    "id": "a",
+    "target": 1,
+    "question": "Find and give the bounding box of <|object_ref_start|>Lo<|object_ref_end|>",
+    "answer": "<|object_ref_start|>Lo<|object_ref_end|><|box_start|>(10,20),(300,400)<|box_end|>",
+    "images": ["images/a.png"],
+    "entities": [
+        {"entity": "Mi", "bbox_1000": [500, 600, 700, 900]},
+        {"entity": "Lo", "bbox_1000": [10, 20, 300, 400]},
+        {"entity": "Ra", "bbox_1000": [400, 100, 600, 500]},
+    ],
+}
+TABLE = {
+    "Mi": {"category": "disc", "description": "a red disc"},
+    "Lo": {"category": "disc", "description": "a blue disc"},
+    "Ra": {"category": "disc", "description": "a green disc"},
+}
 EXACT = """Planning: Lo is a blue disc.
 Visual Analysis:
 a blue disc (10,20),(300,400)
@@ -90,8 +99,8 @@ def test_a_killed_run_continues_to_the_same_bytes(world_dir, synth_dir, tmp_path
     for name in [e["entity"] for e in read(synth_dir / "samples.jsonl")[0]["entities"]][:1]:
         del table[name]  # so that there is something in rejected.jsonl
     (tmp_path / "table.json").write_text(json.dumps(table))
-    monkeypatch.setattr("sys.argv", ["gen_cot.py", "--samples", str(synth_dir / "samples.jsonl"), "--out", str(tmp_path / "out"),
-                                     "--knowledge", str(tmp_path / "table.json")])  # fmt: skip
+    argv = ["--samples", synth_dir / "samples.jsonl", "--out", tmp_path / "out", "--knowledge", tmp_path / "table.json"]
+    monkeypatch.setattr("sys.argv", ["gen_cot.py", *map(str, argv)])
     gen_cot.main()
     whole = {
         name: (tmp_path / "out" / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part-00000.jsonl")
@@ -131,9 +140,10 @@ BAD = [
     ("too short", "Planning: Lo\nVisual Analysis: blue\nComparison: yes\nConclusion: (10,20),(300,400)"),
     ("too long", FINE.replace("red all", "red " * 900)),
 ]
-BETRAYING = ["the provided bounding box", "the given bounding box says so", "as stated", "the prompt says it", "the labels given",
-             "by the ground truth", "the ground-truth box", "the bounding box of Lo is given", "we are told so", "it is labeled as Lo",
-             "matches the bounding box", "according to the annotations"]  # fmt: skip
+BETRAYING = ["the provided bounding box", "the given bounding box says so", "as stated", "the prompt says it",
+             "the labels given", "by the ground truth", "the ground-truth box", "the bounding box of Lo is given",
+             "we are told so", "it is labeled as Lo", "matches the bounding box",
+             "according to the annotations"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("reason", "text"), BAD)
@@ -186,9 +196,12 @@ class Teacher(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self.reply(fault, {"error": {"message": "no", "code": fault}})
         target, box = re.search(r"The bounding box of (.*) is (.*)\.", prompt).groups()
-        chain = (f"Planning: {target} has a look of its own, known to all who have seen it once in their life.\nVisual Analysis:\n"
-                 f"1. {target} {box}: bright.\u2028\ud83d\n"  # a line separator that JSON does not escape, and half a character
-                 f"Comparison: no other object is as bright.\nConclusion: {target} is at {box}")  # fmt: skip
+        odd = "\u2028\ud83d"  # a line separator that JSON does not escape, and half a character
+        chain = (
+            f"Planning: {target} has a look of its own, known to all who have seen it once in their life.\n"
+            f"Visual Analysis:\n1. {target} {box}: bright.{odd}\n"
+            f"Comparison: no other object is as bright.\nConclusion: {target} is at {box}"
+        )
         message = {"role": "assistant", "content": "blah" if fault == "garbage" else chain}
         self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                          "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
@@ -299,21 +312,23 @@ def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir,
         return out
 
     monkeypatch.setattr(gen_cot, "rollout", rollout)
-    monkeypatch.setattr("sys.argv", ["gen_cot.py", "--samples", str(synth_dir / "samples.jsonl"), "--out", str(tmp_path), "--teacher", "hf",
-                                     "--teacher_model", str(tiny_dir), "--batch_size", "5"])  # fmt: skip
+    argv = ["--samples", synth_dir / "samples.jsonl", "--out", tmp_path, "--teacher", "hf", "--teacher_model", tiny_dir]
+    monkeypatch.setattr("sys.argv", ["gen_cot.py", *map(str, argv), "--batch_size", "5"])
     gen_cot.main()
-    assert {r["teacher"]["attempt"] for r in read(tmp_path / "samples.jsonl")} == {2} and len(set(asked)) == len(
-        asked
-    ) == 24
+    assert {r["teacher"]["attempt"] for r in read(tmp_path / "samples.jsonl")} == {2}
+    assert len(set(asked)) == len(asked) == 24
 
 
 # ---- errors ----
 def test_bad_input_is_one_clear_line(synth_dir, world_dir, tmp_path):
     rows = [r | {"images": [str(synth_dir / r["images"][0])]} for r in read(synth_dir / "samples.jsonl")]
-    cases = [("question", [{k: v for k, v in rows[0].items() if k != "question"}]), ("id occurs twice", [rows[0], rows[0]]),
-             ("target 9", [rows[0] | {"target": 9}]),
-             ("bbox_1000", [rows[0] | {"entities": [{"entity": "A", "bbox_1000": [5, 5, 5, 9]}] * 6}]),
-             ("images", [rows[0] | {"images": ["gone.png"]}])]  # fmt: skip
+    cases = [
+        ("question", [{k: v for k, v in rows[0].items() if k != "question"}]),
+        ("id occurs twice", [rows[0], rows[0]]),
+        ("target 9", [rows[0] | {"target": 9}]),
+        ("bbox_1000", [rows[0] | {"entities": [{"entity": "A", "bbox_1000": [5, 5, 5, 9]}] * 6}]),
+        ("images", [rows[0] | {"images": ["gone.png"]}]),
+    ]
     for words, lines in cases:
         (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
         with pytest.raises(SystemExit, match=words):

@@ -1,4 +1,7 @@
-"""Keeps the marked shared blocks byte-identical. `python tests/test_shared_blocks.py --fix` rewrites every copy from its source."""
+"""Keeps the marked shared blocks byte-identical.
+
+`python tests/test_shared_blocks.py --fix` rewrites every copy from its source.
+"""
 
 import ast
 import re

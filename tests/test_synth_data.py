@@ -14,8 +14,8 @@ import synth_data as s
 
 
 def settings(**changes):
-    base = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pixels=401408, background="white", entity_scale=(1.0, 1.0),
-                gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
+    base = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pixels=401408, background="white",
+                entity_scale=(1.0, 1.0), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
     return SimpleNamespace(**(base | changes))
 
 
@@ -31,7 +31,7 @@ def marked(width, height, box, color):
     "options", [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}]
 )
 def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
-    """Each source has its box painted in a colour of its own; in the composite that colour fills the remapped box and nothing else."""
+    """Each source has its box in a colour of its own; in the composite that colour fills exactly the remapped box."""
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
     rng = random.Random(f"{layout}{options}")
     for _ in range(5):
@@ -159,7 +159,8 @@ def test_a_corrupt_image_is_named_and_skipped_only_if_allowed(small_source, tmp_
     (lambda d: (d / "boxes.jsonl").unlink(), "no boxes"),
     (lambda d: (d / "boxes.jsonl").write_text('{"image": "cat/a/0.png"}\n'), "boxes.jsonl:1: no column 'bbox_px'"),
     (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: not JSON"),
-    (lambda d: (d / "boxes.jsonl").write_text((d / "boxes.jsonl").read_text().replace("30, 20", "300, 20")), "does not lie in the 40x30 image"),
+    (lambda d: (d / "boxes.jsonl").write_text((d / "boxes.jsonl").read_text().replace("30, 20", "300, 20")),
+     "does not lie in the 40x30 image"),
     (lambda d: [p.unlink() for p in d.glob("*/*/*.png")], "no images"),
     (lambda d: [p.unlink() for p in d.glob("cat/b/*.png")], "no category with 2 entities"),
 ])  # fmt: skip

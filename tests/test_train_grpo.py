@@ -1,4 +1,4 @@
-"""GRPO: rewards, parser, advantages, loss against plain Python, rollout against generate, trainer log-probs, runs and ranks."""
+"""GRPO: parser, rewards, advantages, loss against plain Python, rollout against generate, log-probs, runs and ranks."""
 
 import json
 import math
@@ -21,8 +21,9 @@ SAMPLE = {"bbox_1000": [10, 20, 300, 400]}
 
 
 def arguments(**changes):
-    base = dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type="grpo", max_completion_length=16, iou_threshold=0.8, temperature=1.0,
-                reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group", num_generations=4, seed=0, rollout_batch_size=64)  # fmt: skip
+    base = dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type="grpo", max_completion_length=16, iou_threshold=0.8,
+                temperature=1.0, reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group",
+                num_generations=4, seed=0, rollout_batch_size=64)  # fmt: skip
     return SimpleNamespace(**(base | changes))
 
 
@@ -176,12 +177,14 @@ def test_greedy_rollout_equals_generate(parts):
     model, tokenizer, _, _, prompts = parts
     ours = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 24, 0.0, 64)
     banned = [[tokenizer.convert_tokens_to_ids(t)] for t in g.VISION_TOKENS]
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for p, [(ids, _, _)] in zip(prompts, ours, strict=True):
         model.model.rope_deltas = None
         x = torch.tensor([p["prompt_ids"]])
-        out = model.generate(input_ids=x, attention_mask=torch.ones_like(x), mm_token_type_ids=(x == model.config.image_token_id).int(),
-                             pixel_values=p["pixel_values"], image_grid_thw=p["image_grid_thw"], max_new_tokens=24, do_sample=False, bad_words_ids=banned,
-                             eos_token_id=[tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")])  # fmt: skip
+        out = model.generate(input_ids=x, attention_mask=torch.ones_like(x), pixel_values=p["pixel_values"],
+                             image_grid_thw=p["image_grid_thw"], max_new_tokens=24, do_sample=False,
+                             mm_token_type_ids=(x == model.config.image_token_id).int(),
+                             bad_words_ids=banned, eos_token_id=ends)  # fmt: skip
         assert out[0, x.shape[1] :].tolist() == ids
 
 
@@ -212,7 +215,7 @@ def test_vision_tokens_are_never_sampled_even_by_a_model_that_wants_them(parts):
 
 
 def test_rollout_keeps_its_cache_in_train_mode_with_checkpointing(parts):
-    """transformers drops the cache in train mode with gradient checkpointing and goes on with one token: garbage, one warning."""
+    """transformers drops the cache in train mode with gradient checkpointing: it sees one token, and warns once."""
     model, tokenizer, _, _, prompts = parts
     want = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 12, 0.0, 64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -241,8 +244,8 @@ def test_sampling_follows_the_distribution(parts):
     p = prompts[0]
     x = torch.tensor([p["prompt_ids"]])
     with torch.no_grad():
-        logits = model(input_ids=x, mm_token_type_ids=(x == model.config.image_token_id).int(), pixel_values=p["pixel_values"],
-                       image_grid_thw=p["image_grid_thw"]).logits[:, -1]  # fmt: skip
+        logits = model(input_ids=x, mm_token_type_ids=(x == model.config.image_token_id).int(),
+                       pixel_values=p["pixel_values"], image_grid_thw=p["image_grid_thw"]).logits[:, -1]  # fmt: skip
     logits[..., g.vision_ids(tokenizer)] = float("-inf")
     exact = torch.softmax(logits, -1)[0]
     expected = (2 * exact * (1 - exact) / (math.pi * 4000)).sqrt().sum() / 2  # mean total variation of a true sample
@@ -252,9 +255,10 @@ def test_sampling_follows_the_distribution(parts):
 # ---- the script ----
 def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
     """Four steps with a reward that a random model can earn."""
-    return run_script("tests/grpo_letters.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 4, "--train_batch_size", 4,
-                      "--num_generations", 3, "--max_completion_length", 12, "--learning_rate", 1e-3, "--reward_funcs", "letters", "--save_steps", 2,
-                      *flags, launcher=launcher, check=check)  # fmt: skip
+    return run_script("tests/grpo_letters.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 4,
+                      "--train_batch_size", 4, "--num_generations", 3, "--max_completion_length", 12,
+                      "--learning_rate", 1e-3, "--reward_funcs", "letters", "--save_steps", 2, *flags,
+                      launcher=launcher, check=check)  # fmt: skip
 
 
 def rows(path):
@@ -275,8 +279,8 @@ def test_smoke_run_writes_everything(run_dir):
     metrics = rows(run_dir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert all(m["grad_norm"] > 0 and m["sampling/logp_diff"] < 1e-5 for m in metrics)
-    assert {"reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "completions/mean_length", "kl", "clip_ratio/region_mean",
-            "parse_rate", "num_tokens", "learning_rate"} <= set(metrics[-1])  # fmt: skip
+    assert {"reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "completions/mean_length", "kl",
+            "clip_ratio/region_mean", "parse_rate", "num_tokens", "learning_rate"} <= set(metrics[-1])  # fmt: skip
     assert metrics[-1]["kl"] > 0
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples[0]["completions"]) == 3
@@ -311,6 +315,8 @@ def test_two_ranks_draw_and_learn_the_same_as_one(run_dir, tiny_dir, synth_dir, 
     (("--num_generations", 1), "a group of one has no advantage"),
     (("--temperature", 0), "greedy completions"),
     (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+    (("--model", "nowhere"), "nowhere: no model"),
+    (("--max_prompt_length", 50), "a prompt is never cut"),
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line(flags, message, tiny_dir, synth_dir, tmp_path):
     done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", *flags, check=False)

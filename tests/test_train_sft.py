@@ -16,8 +16,9 @@ import train_sft as t
 
 
 def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
-    return run_script("train_sft.py", "--model", model, "--data", data, "--output_dir", out, "--target", "direct", "--max_steps", 4,
-                      "--train_batch_size", 4, "--per_device_train_batch_size", 2, "--learning_rate", 1e-3, "--save_steps", 2, *flags,
+    return run_script("train_sft.py", "--model", model, "--data", data, "--output_dir", out, "--target", "direct",
+                      "--max_steps", 4, "--train_batch_size", 4, "--per_device_train_batch_size", 2,
+                      "--learning_rate", 1e-3, "--save_steps", 2, *flags,
                       launcher=launcher, check=check)  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_pa
 
 
 def test_two_ranks_learn_the_same_as_one(run_dir, tiny_dir, synth_dir, tmp_path):
-    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                                                                    "--master_port", "29612"))  # fmt: skip
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", launcher=launcher)
     for ours, theirs in zip(rows(tmp_path / "metrics.jsonl"), rows(run_dir / "metrics.jsonl"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -135,8 +136,11 @@ def test_finished_model_loads_in_plain_transformers_and_gives_the_same_greedy_to
     x = tokenizer(
         text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // 4)), return_tensors="pt"
     )
-    out = model.generate(**x, **vision, mm_token_type_ids=(x["input_ids"] == model.config.image_token_id).int(), max_new_tokens=16, do_sample=False,
-                         bad_words_ids=[[tokenizer.convert_tokens_to_ids(v)] for v in g.VISION_TOKENS])  # fmt: skip
+    kinds = (x["input_ids"] == model.config.image_token_id).int()
+    banned = [[tokenizer.convert_tokens_to_ids(v)] for v in g.VISION_TOKENS]
+    out = model.generate(
+        **x, **vision, mm_token_type_ids=kinds, max_new_tokens=16, do_sample=False, bad_words_ids=banned
+    )
     assert out[0, x["input_ids"].shape[1] :].tolist() == ours
 
 
@@ -159,8 +163,9 @@ def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
 
     ours = t.read_samples(synth_dir / "samples.jsonl")[:2]
     text = f"<think>because</think> <answer>{ours[0]['answer']}</answer>"
-    share = [{"messages": [{"role": "user", "content": f"<image>{ours[0]['question']}{t.R1_SUFFIX}"}, {"role": "assistant", "content": text}],
-              "images": [ours[0]["image"]]}]  # fmt: skip
+    messages = [{"role": "user", "content": f"<image>{ours[0]['question']}{t.R1_SUFFIX}"},
+                {"role": "assistant", "content": text}]  # fmt: skip
+    share = [{"messages": messages, "images": [ours[0]["image"]]}]
     (tmp_path / "share.json").write_text(json.dumps(share))
     (read,) = t.read_samples(tmp_path / "share.json")
     assert (read["question"], read["completion"], read["prompt_suffix"]) == (ours[0]["question"], text, t.R1_SUFFIX)

@@ -1,24 +1,24 @@
-"""Trains the toy base: a tiny Qwen2-VL with generic grounding and entity knowledge in words, and no link between the two.
+"""Trains the toy base: a tiny Qwen2-VL with generic grounding and entity knowledge in words, and no link between them.
 
-  python tests/toy/make_toy.py --out tests/toy/base --seed 0            about 25 min on 2 CPU cores, done once and shipped
-  python tests/toy/make_toy.py --out tests/toy/base --evaluate          measures a finished base
+  python tests/toy/make_toy.py --out tests/toy/base --seed 0         about 25 min on 2 CPU cores, done once and shipped
+  python tests/toy/make_toy.py --out tests/toy/base --evaluate       measures a finished base
 
 What it learns (user question -> assistant answer, Qwen2-VL's strings, several turns over one image):
-  find      Find and give the bounding box of <ref>a red disc</ref>  -> the box                    any look of any category
-  list      List all objects. -> description and box, upper half from left to right, then the lower half
-  where     Where is a red disc? -> upper left
-  color     What color is the band of a red disc? -> white
-  at        What is at (x1,y1),(x2,y2)? -> description
-  know      What is Lozuve? -> Lozuve is a red disc with a white band.                          with and without an image
-  echo      Repeat: any words -> the same words                                                             text alone
-  copy      a list in words, then `find` -> the box in the list                                             text alone
-  recall    a list in words, then: Describe and find Lozuve. -> its description, its box in the list         text alone
+  find     Find and give the bounding box of <ref>a red disc</ref> -> the box                 any look of any category
+  list     List all objects. -> description and box, upper half from left to right, then the lower half
+  where    Where is a red disc? -> upper left
+  color    What color is the band of a red disc? -> white
+  at       What is at (x1,y1),(x2,y2)? -> description
+  know     What is Lozuve? -> Lozuve is a red disc with a white band.                       with and without an image
+  echo     Repeat: any words -> the same words                                                             text alone
+  copy     a list in words, then `find` -> the box in the list                                             text alone
+  recall   a list in words, then: Describe and find Lozuve. -> its description, its box in the list        text alone
 No picture ever comes with the box of a *named* entity: that link is what SFT and GRPO are to make.
 
-Finding by description is the hard one: from next-token loss alone it stays at chance for thousands of steps while all else is
-learned. Two auxiliary losses give the tiny model what a large one brings along, and end the plateau within minutes:
-  align     a visual token's feature is to point at the embeddings of the words for what it shows (body, band, shape, place)
-  look      half of the heads of one layer are to look at the object that the answer is about
+Finding by description is the hard one: from next-token loss alone it stays at chance for thousands of steps while all
+else is learned. Two auxiliary losses give the tiny model what a large one brings along, and end the plateau in minutes:
+  align    a visual token's feature is to point at the embeddings of the words for what it shows
+  look     half of the heads of one layer are to look at the object that the answer is about
 """
 
 import argparse
@@ -42,13 +42,14 @@ import toy_world as world  # noqa: E402
 
 from synth_data import ANSWER, QUESTION, to_1000  # noqa: E402
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-           "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LOOKS = [(c, b, p) for c in world.SEEN + world.UNSEEN for b in world.BODY for p in world.BAND]
@@ -61,22 +62,26 @@ VISION = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 # ---- tokenizer and model ----
 # every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
 TEXTS = [
-    *(text for look in LOOKS for text in (world.describe(look), f"a {look[1]} {look[0]}", f"a {look[0]} with a {look[2]} band")),
-    *world.BODY, *world.BAND, "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""), "List all objects.",
-    "What is at ", "What is ", "?", "Repeat: ", "Describe and find ", "(1,2),(3,4)\n", "(1,2),(3,4).\n", "(1,2),(3,4)?", " is at (1,2),(3,4).",
-    " is a red disc with a white band.\n", "Where is a disc?", "What color is the band of a disc?", "What color is the body of a disc?",
-    "upper left", "upper middle", "upper right", "lower left", "lower middle", "lower right",
-    "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags.",
-    "<think>\nPlanning: ", "Visual Analysis:\n", "Comparison: of the objects above, only a red disc fits ", "Conclusion: ",
-    "\n</think> <answer>", "</answer>", ". Let's think step by step",
+    *(world.describe(look) for look in LOOKS),
+    *(f"a {body} {category}" for category, body, _ in LOOKS),
+    *(f"a {category} with a {band} band" for category, _, band in LOOKS),
+    *world.BODY, *world.BAND, "system\nYou are a helpful assistant.", "user\n", "assistant\n", QUESTION.format(""),
+    "List all objects.", "What is at ", "What is ", "?", "Repeat: ", "Describe and find ", "(1,2),(3,4)\n",
+    "(1,2),(3,4).\n", "(1,2),(3,4)?", " is at (1,2),(3,4).", " is a red disc with a white band.\n", "Where is a disc?",
+    "What color is the band of a disc?", "What color is the body of a disc?", "upper left", "upper middle",
+    "upper right", "lower left", "lower middle", "lower right", "  Output the thinking process in <think> </think> and final answer "
+    "(bounding box) in <answer> </answer> tags.", "<think>\nPlanning: ", "Visual Analysis:\n",
+    "Comparison: of the objects above, only a red disc fits ", "Conclusion: ", "\n</think> <answer>", "</answer>",
+    ". Let's think step by step",
 ]  # fmt: skip
 
 
 def build_tokenizer():
-    """Qwen2's tokenizer class with a vocabulary of the toy's own words; a digit and an entity name are one token each."""
+    """Qwen2's tokenizer class with the toy's own words; a digit and an entity name are one token each."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])  # fmt: skip
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     trainer = trainers.BpeTrainer(
         vocab_size=4000,
         min_frequency=1,
@@ -95,11 +100,23 @@ def build_tokenizer():
 
 
 def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
-    ids, init = tokenizer.convert_tokens_to_ids, 0.05
-    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=4, initializer_range=init, max_position_embeddings=4096, tie_word_embeddings=True,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]},
-                bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"))  # fmt: skip
+    ids = tokenizer.convert_tokens_to_ids
+    sections = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.05,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=ids("<|im_end|>"),
+        pad_token_id=ids("<|endoftext|>"),
+    )
     tower = dict(
         depth=depth,
         embed_dim=vision,
@@ -108,10 +125,17 @@ def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
         mlp_ratio=3,
         patch_size=14,
         spatial_merge_size=2,
-        initializer_range=init,
+        initializer_range=0.05,
     )
-    config = Qwen2VLConfig(text_config=text, vision_config=tower, image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-                           vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"), tie_word_embeddings=True)  # fmt: skip
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
     return Qwen2VLForConditionalGeneration(config)
 
 
@@ -136,7 +160,7 @@ def encode(text):
 
 
 def to_patches(image):
-    """uint8 patches (n, 3, 14, 14) in the processor's order; `to_pixel_values` gives exactly what the processor gives."""
+    """uint8 patches (n, 3, 14, 14) in the processor's order; `to_pixel_values` gives just what the processor does."""
     a = np.asarray(image).transpose(2, 0, 1).reshape(3, H // 28, 2, 14, W // 28, 2, 14)
     return a.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3, 14, 14)
 
@@ -176,29 +200,28 @@ def covered(bbox_1000):
     return (rows[:, None] & columns[None]).reshape(-1)
 
 
+def token_share(box, row, column):
+    """Share of one 28-px visual token that a box (px) covers."""
+    width = min(box[2], column * 28 + 28) - max(box[0], column * 28)
+    height = min(box[3], row * 28 + 28) - max(box[1], row * 28)
+    return max(0, width) * max(0, height) / 28**2
+
+
 def visual_words(looks, bboxes_1000):
-    """What each 28-px visual token shows, as shares of WORDS: (tokens, words), rows sum to 1. Labels of the alignment loss."""
-    cols, rows = W // 28, H // 28
-    target = np.zeros((rows, cols, len(WORDS)), np.float32)
-    for r in range(rows):
-        for c in range(cols):
-
-            def share(x1, y1, x2, y2):
-                return (
-                    max(0, min(x2, c * 28 + 28) - max(x1, c * 28))
-                    * max(0, min(y2, r * 28 + 28) - max(y1, r * 28))
-                    / 28**2
-                )
-
-            free = 1.0
-            for (category, body, band), b in zip(looks, bboxes_1000, strict=True):
-                x1, y1, x2, y2 = b[0] * W / 1000, b[1] * H / 1000, b[2] * W / 1000, b[3] * H / 1000
-                whole, stripe = share(x1, y1, x2, y2), share(x1, y1 + 0.38 * (y2 - y1), x2, y1 + 0.68 * (y2 - y1))
-                for word, part in ((body, 0.8 * (whole - stripe)), (band, 0.8 * stripe), (category, 0.2 * whole)):
-                    target[r, c, WORDS.index(word)] += part
-                free -= whole
-            for word in ("lower" if 2 * r >= rows else "upper", ("left", "middle", "right")[3 * c // cols]):
-                target[r, c, WORDS.index(word)] += 0.1 + 0.4 * max(0.0, free)
+    """What each visual token shows, as shares of WORDS: (tokens, words), rows sum to 1: labels of the alignment."""
+    columns, rows = W // 28, H // 28
+    target = np.zeros((rows, columns, len(WORDS)), np.float32)
+    for r, c in np.ndindex(rows, columns):
+        free = 1.0
+        for (category, body, band), b in zip(looks, bboxes_1000, strict=True):
+            x1, y1, x2, y2 = b[0] * W / 1000, b[1] * H / 1000, b[2] * W / 1000, b[3] * H / 1000
+            whole = token_share((x1, y1, x2, y2), r, c)
+            stripe = token_share((x1, y1 + 0.38 * (y2 - y1), x2, y1 + 0.68 * (y2 - y1)), r, c)
+            for word, part in ((body, 0.8 * (whole - stripe)), (band, 0.8 * stripe), (category, 0.2 * whole)):
+                target[r, c, WORDS.index(word)] += part
+            free -= whole
+        for word in ("lower" if 2 * r >= rows else "upper", ("left", "middle", "right")[3 * c // columns]):
+            target[r, c, WORDS.index(word)] += 0.1 + 0.4 * max(0.0, free)
     return (target / target.sum(-1, keepdims=True)).reshape(-1, len(WORDS))
 
 
@@ -277,7 +300,7 @@ def color_turn(looks, i, rng):
 
 
 def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0):
-    """Turns over one scene: where, color (a few tokens: they start the search), find, at, know; the list comes last, else it gives the boxes away."""
+    """Turns over one scene: where, color, find, at, know; the list comes last, else it would give the boxes away."""
     turns, order = [], rng.sample(range(len(looks)), len(looks))
     for i in order:
         refs = references(looks, i, rng)
@@ -312,7 +335,7 @@ def text_turns(rng):
 
 
 def dialog(turns, with_image):
-    """(ids, labels, looking): loss on the answers alone; `looking` holds (position, object) where an answer is about one object."""
+    """(ids, labels, looking): loss on the answers alone; `looking` holds (position, object it is about)."""
     ids = list(encode(SYSTEM))
     labels, looking = [-100] * len(ids), []
     for i, (question, answer, *about) in enumerate(turns):
@@ -346,7 +369,7 @@ def image_positions(length):
 
 
 def collate(rows, patches=None, left=False):
-    """Batch and labels. Training rows are padded on the right and need no mask: causal attention never sees the padding."""
+    """Batch and labels. Training rows are padded on the right and need no mask: causal attention never sees it."""
     pad, length = TOKENIZER.pad_token_id, max(len(r[0]) for r in rows)
     ids = torch.full((len(rows), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -372,7 +395,7 @@ LOOKING_LAYER, WATCHED = 2, {}
 
 
 def watching_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """SDPA, but keeps the attention weights of one layer for `looking_loss`. Rows are causal and padded on the right."""
+    """SDPA, but keeps the weights of one layer for `looking_loss`. Rows are causal and padded on the right."""
     if module.layer_idx != LOOKING_LAYER:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -397,7 +420,7 @@ def looking_loss(rows, masks):
 
 
 class Scenes:
-    """Endless scenes with min_k to max_k objects; a pool in which every scene is asked about a few times before it is replaced."""
+    """Endless scenes with min_k to max_k objects; every scene is asked about a few times before it is replaced."""
 
     def __init__(self, rng, min_k, max_k, size=1024):
         self.rng, self.ks, self.pool, self.at = rng, (min_k, max_k), [], 0
@@ -491,7 +514,7 @@ STAGES = {
 
 
 def image_batch(model, scenes, mix, rng, whole):
-    """A batch of dialogs over scenes (the shorter or the longer half of 2 x B, or all), its rows, and the alignment loss."""
+    """Batch of dialogs over scenes (the shorter or longer half of 2 x B, or all), labels, rows, alignment loss."""
     rows = [(*dialog(image_turns(s[0], s[1], rng, **mix), True), *s[2:]) for s in scenes.sample(2 * B, fresh=8)]
     rows.sort(key=lambda r: len(r[0]))
     if not whole:
@@ -553,7 +576,8 @@ def train_stage(model, name, args):
         if step % 50 == 0:
             mean = np.mean(logged[-50:], 0)
             print(
-                f"{name} {step}/{steps} | loss {mean[0]:.3f} | align {mean[1]:.3f} | look {mean[2]:.3f} | {time.time() - start:.0f}s",
+                f"{name} {step}/{steps} | loss {mean[0]:.3f} | align {mean[1]:.3f} | look {mean[2]:.3f} | "
+                f"{time.time() - start:.0f}s",
                 flush=True,
             )
     watch(model, False)

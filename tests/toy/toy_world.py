@@ -1,4 +1,4 @@
-"""A small world in the real formats: entities with invented names, pictures of them, what they look like in words, and a bench.
+"""A small world in the real formats: entities with invented names, their pictures, their looks in words, and a bench.
 
   python tests/toy/toy_world.py --out runs/toy/world --seed 0
 
@@ -21,14 +21,14 @@ import synth_data  # noqa: E402
 
 SEEN = ("disc", "square", "triangle", "diamond", "cross")
 UNSEEN = ("star", "bowl")
-BODY = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (230, 200, 40), "purple": (150, 60, 190),
-        "cyan": (60, 200, 210)}  # fmt: skip
+BODY = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (230, 200, 40),
+        "purple": (150, 60, 190), "cyan": (60, 200, 210)}  # fmt: skip
 BAND = {"white": (250, 250, 250), "black": (15, 15, 15), "pink": (250, 130, 180), "orange": (250, 140, 20)}
 ENTITIES_PER_CATEGORY = 12  # of 24 looks, so that most entities share a colour with several others
 SPRITE_PX = 64
 # One cell of the 3 x 2 grid is 56 px, two visual tokens of 28 px; entities fill 60 to 95 % of it.
-SCENE = SimpleNamespace(layouts=["grid"], grid=(3, 2), canvas_size=(168, 112), tile_px=56, max_pixels=401408, background="gradient",
-                        entity_scale=(0.6, 0.95), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
+SCENE = SimpleNamespace(layouts=["grid"], grid=(3, 2), canvas_size=(168, 112), tile_px=56, max_pixels=401408,
+                        background="gradient", entity_scale=(0.6, 0.95), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
 
 
 def make_entities():
@@ -61,8 +61,10 @@ def sprite(look, rng):
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
         "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-        "cross": [(0.3, 0), (0.7, 0), (0.7, 0.3), (1, 0.3), (1, 0.7), (0.7, 0.7), (0.7, 1), (0.3, 1), (0.3, 0.7), (0, 0.7), (0, 0.3), (0.3, 0.3)],
-        "star": [(0.5, 0), (0.65, 0.32), (1, 0.38), (0.75, 0.62), (0.82, 1), (0.5, 0.8), (0.18, 1), (0.25, 0.62), (0, 0.38), (0.35, 0.32)],
+        "cross": [(0.3, 0), (0.7, 0), (0.7, 0.3), (1, 0.3), (1, 0.7), (0.7, 0.7),
+                  (0.7, 1), (0.3, 1), (0.3, 0.7), (0, 0.7), (0, 0.3), (0.3, 0.3)],
+        "star": [(0.5, 0), (0.65, 0.32), (1, 0.38), (0.75, 0.62), (0.82, 1),
+                 (0.5, 0.8), (0.18, 1), (0.25, 0.62), (0, 0.38), (0.35, 0.32)],
     }  # fmt: skip
     mask = Image.new("L", (w, h), 0)
     draw = ImageDraw.Draw(mask)
@@ -116,8 +118,9 @@ def write_bench(path, images_per_category, seed):
             canvas.save(data, "PNG")
             for target in rng.sample(range(len(names)), 2):
                 answer = synth_data.ANSWER.format(names[target], *synth_data.to_1000(boxes[target], *canvas.size))
-                rows.append({"question_id": f"{category}/{i:04d}-{target}", "question": synth_data.QUESTION.format(names[target]),
-                             "answer": answer, "image": {"bytes": data.getvalue()}, "category": category})  # fmt: skip
+                rows.append({"question_id": f"{category}/{i:04d}-{target}",
+                             "question": synth_data.QUESTION.format(names[target]), "answer": answer,
+                             "image": {"bytes": data.getvalue()}, "category": category})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 

@@ -1,0 +1,66 @@
+"""run_all.sh: finished stages are skipped, a stage can be named, mistakes get one line. (A whole run is too long.)"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STAGES = (
+    [line for line in (ROOT / "run_all.sh").read_text().splitlines() if line.startswith("STAGES=")][0]
+    .split('"')[1]
+    .split()
+)
+
+
+def run_all(*args, **env):
+    command = ["bash", str(ROOT / "run_all.sh"), *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHON": sys.executable} | env
+    )
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder in which every stage is done."""
+    (tmp_path / ".done").mkdir()
+    for i, name in enumerate(STAGES):
+        (tmp_path / ".done" / name).write_text(f"{i}\n")
+    for i, name in enumerate(("base", "sft", "cot_sft", "grpo")):
+        m = {"n": 4, "acc": 0.25 * (i + 1), "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
+        (tmp_path / f"eval_{name}").mkdir()
+        path = tmp_path / f"eval_{name}" / "metrics.json"
+        path.write_text(json.dumps({"all": m, "seen": m, "unseen": None, "categories": {}}))
+        os.utime(path, (1e9 + i, 1e9 + i))
+    return tmp_path
+
+
+def test_a_finished_run_only_prints_its_table(finished):
+    done = run_all(RUN=str(finished))
+    assert done.returncode == 0 and "==" not in done.stdout, done.stderr
+    results = json.loads((finished / "results.json").read_text())
+    assert [r["model"] for r in results["rows"]] == ["base", "sft", "cot_sft", "grpo"] and set(
+        results["seconds"]
+    ) == set(STAGES)
+    accuracies = {"seen": 1.0, "unseen": None, "all": 1.0}
+    intervals = {"seen": [0.1, 0.9], "unseen": None, "all": [0.1, 0.9]}
+    expected = {"model": "grpo", "n": 4, **accuracies, "mean_iou": 0.5, "parse_rate": 1.0, "ci95": intervals}
+    assert results["rows"][3] == expected
+    assert "| grpo" in done.stdout and str(finished / "results.json") in done.stdout
+
+
+def test_from_forgets_that_stage_and_all_after_it(finished):
+    """The stage itself then fails here, because its input is not there: that is where this test stops."""
+    done = run_all(RUN=str(finished), FROM="train_grpo")
+    assert done.returncode != 0 and "== train_grpo" in done.stdout and "no such file" in done.stderr
+    assert {p.name for p in (finished / ".done").iterdir()} == set(STAGES[: STAGES.index("train_grpo")])
+    assert not (finished / "eval_grpo").exists()
+
+
+def test_mistakes_get_one_line(tmp_path):
+    cases = [(("tset",), {}, "usage: bash run_all.sh"), ((), {"MODEL": "x"}, "want DATA=")]
+    for args, env, message in [*cases, ((), {"FROM": "train"}, "FROM=train: no such stage")]:
+        done = run_all(*args, RUN=str(tmp_path), **env)
+        assert done.returncode != 0 and message in done.stderr

@@ -1,0 +1,83 @@
+"""The toy world and its base: what the base must know, and what it must not."""
+
+import json
+import random
+
+import make_toy as toy
+import pytest
+import torch
+import toy_world as world
+from conftest import ROOT, run_script
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+import train_grpo as g
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Qwen2VLForConditionalGeneration.from_pretrained(ROOT / "tests" / "toy" / "base", dtype=torch.float32)
+
+
+def test_base_grounds_by_description_and_knows_every_entity_in_words(base):
+    m = toy.evaluate(base, n=64, seed=1)
+    assert m["find_2_4"] >= 0.7 and m["know"] >= 0.95 and m["know_with_image"] >= 0.95 and m["recall_copy"] >= 0.9, m
+
+
+def test_base_has_no_link_from_names_to_boxes(base):
+    """Asked for a name it points about as well as a blind guess among k objects: the gap that training is to close."""
+    rng, hits, chance = random.Random(3), 0, 0.0
+    scenes = []
+    for _ in range(96):
+        category = rng.choice(world.SEEN + world.UNSEEN)
+        names = rng.sample([n for n in world.ENTITIES if world.ENTITIES[n][0] == category], rng.randint(2, 6))
+        scenes.append((names, *world.make_scene([world.ENTITIES[n] for n in names], rng)))
+        chance += 1 / len(names) / 96
+    answers = toy.answers(
+        base, [toy.QUESTION.format(s[0][0]) for s in scenes], [toy.to_patches(s[1]) for s in scenes], 45
+    )
+    for text, (_, _, boxes) in zip(answers, scenes, strict=True):
+        box = g.parse_bbox(text, "direct")
+        hits += box is not None and g.box_iou(box, toy.to_1000(boxes[0], toy.W, toy.H)) >= 0.5
+    assert hits / 96 < chance + 0.15, (hits / 96, chance)
+
+
+def test_shipped_metrics_are_those_of_the_shipped_base():
+    metrics = json.loads((ROOT / "tests" / "toy" / "base" / "metrics.json").read_text())
+    assert metrics["find_2_4"] >= 0.7 and metrics["command"].startswith("python tests/toy/make_toy.py")
+
+
+def test_shipped_tokenizer_is_the_one_that_the_code_makes():
+    shipped = AutoTokenizer.from_pretrained(ROOT / "tests" / "toy" / "base")
+    assert shipped.get_vocab() == toy.TOKENIZER.get_vocab() and shipped.chat_template == toy.TOKENIZER.chat_template
+
+
+def test_tokenizer_gives_one_token_to_a_name_and_to_a_digit():
+    for name in world.ENTITIES:
+        assert len(toy.TOKENIZER.encode(name)) == 1
+    assert len(toy.TOKENIZER.encode("(12,345),(678,1000)")) == 16
+    text = toy.SYSTEM + toy.find_turn("a red disc", [1, 20, 300, 1000])[1]
+    assert toy.encode(text) == toy.TOKENIZER.encode(text) and toy.TOKENIZER.decode(toy.encode(text)) == text
+
+
+def test_fast_patches_equal_the_image_processor():
+    image = world.make_scene([("disc", "red", "white")], random.Random(0))[0]
+    want = toy.PROCESSOR(images=[image], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(toy.to_pixel_values(toy.to_patches(image)), want, atol=1e-6)
+
+
+def test_world_has_the_promised_size_and_never_shows_an_unseen_category_in_training(world_dir, tmp_path):
+    assert len(world.SEEN) == 5 and len(world.UNSEEN) == 2 and len(world.ENTITIES) == 84
+    assert len({tuple(v) for v in world.ENTITIES.values()}) == 84, "every entity has a look of its own"
+    assert sorted(p.name for p in (world_dir / "train").iterdir() if p.is_dir()) == sorted(world.SEEN)
+    knowledge = json.loads((world_dir / "knowledge.json").read_text())
+    assert set(knowledge) == set(world.ENTITIES)
+    run_script("tests/toy/toy_world.py", "--out", tmp_path, "--per_entity", 2, "--bench_images", 2, 2)
+    for name in ("kvg-bench.parquet", "train/boxes.jsonl", "train/disc/" + next(iter(world.ENTITIES)) + "/000.png"):
+        assert (tmp_path / name).read_bytes() == (world_dir / name).read_bytes()
+
+
+def test_bench_is_read_as_kvg_bench(world_dir):
+    samples = g.read_samples(world_dir / "kvg-bench.parquet")
+    assert len(samples) == 28 and {s["category"] for s in samples} == set(world.SEEN + world.UNSEEN)
+    assert all(s["bbox_1000"] and world.ENTITIES[s["entity"]][0] == s["category"] for s in samples)
+    assert len({s["image_id"] for s in samples}) == 14, "two questions share one image"
