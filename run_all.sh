@@ -47,7 +47,7 @@ stage() { # name, command ...: runs it once; its output folder is $RUN/name
 setup
 case "${1:-all}" in
   setup) exit ;;
-  test) exec "$PY" -m pytest -q tests ;;
+  test) exec "$PY" -m pytest -q -n 2 --dist loadfile tests ;;
   all) ;;
   *) echo "usage: bash run_all.sh [setup|test]" >&2; exit 2 ;;
 esac
@@ -64,7 +64,7 @@ if [ -z "${MODEL:-}" ]; then # the toy world
 else # the paper's recipe
   : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge:FILE, hf:MODEL or openai:MODEL}"
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-  RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
+  RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
   SFT="" GRPO="--max_completion_length 512"
 fi
 mkdir -p "$RUN/.done"

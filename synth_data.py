@@ -49,6 +49,8 @@ def parse_args(argv=None):
     p.add_argument(
         "--holdout_entities", type=float, default=0.0, help="share of entities kept out of every sample, 0..1"
     )
+    p.add_argument("--exclude", help="drop source images that also occur here: a benchmark's .parquet, or a folder")
+    p.add_argument("--exclude_distance", type=int, default=4, help="bits of 64 in which such images may differ")
     # canvas
     p.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="drawn uniformly")
     p.add_argument("--tile_px", type=int, default=448, help="nominal side of one tile, px, before the pixel cap")
@@ -202,6 +204,38 @@ def read_sources(source):
     ]
 
 
+def difference_hash(image):
+    """64-bit perceptual hash: does each of 8 x 9 grey cells grow brighter to the right? Survives scaling and JPEG."""
+    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.LANCZOS), np.int16)
+    return np.packbits(cells[:, 1:] > cells[:, :-1]).view(">u8")[0].astype(np.uint64)
+
+
+def benchmark_hashes(path):
+    """Hashes of all images of a benchmark: a parquet with an `image` column, or a folder."""
+    path = Path(path)
+    if path.is_dir():
+        images = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
+    elif path.suffix == ".parquet" and path.is_file():
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(path, columns=["image"])["image"].to_pylist()
+        images = (io.BytesIO(data) for data in dict.fromkeys(r["bytes"] if isinstance(r, dict) else r for r in rows))
+    else:
+        raise SystemExit(f"--exclude {path}: no such folder or .parquet; want the benchmark's images; check the path")
+    hashes = np.array([difference_hash(Image.open(image)) for image in images], np.uint64)
+    if not len(hashes):
+        raise SystemExit(f"--exclude {path}: no images; want the benchmark's images; check the path")
+    return hashes
+
+
+def occurs_in(source, hashes, distance):
+    """Whether a source image is one of the benchmark's. An unreadable one is left to `make_sample`, which names it."""
+    try:
+        return bool((np.bitwise_count(hashes ^ difference_hash(load_image(source))) <= distance).any())
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 def load_image(source):
     """RGB or RGBA image of a `Source`. Errors: OSError for a corrupt file, ValueError for a box outside the image."""
     if "#" in source.path and ".parquet#" in source.path:
@@ -320,7 +354,7 @@ def make_sample(index, by_category, args):
                 bad.append((source.path, str(e)))
         if len(images) == len(sources):
             break
-        if len(bad) > args.max_bad_images:
+        if len({path for path, _ in bad}) > args.max_bad_images or len(bad) > 1000:
             return None, bad
     canvas, boxes, layout = compose(images, [s.bbox_px for s in sources], rng, args)
     suffix = "jpg" if args.jpeg_quality else "png"
@@ -375,6 +409,15 @@ def draw_preview(rows, root, path, most=12):
 def main():
     args, start = parse_args(), time.time()
     sources = [s for s in read_sources(args.source) if not args.categories or s.category in args.categories]
+    excluded = []
+    if args.exclude:
+        check = partial(occurs_in, hashes=benchmark_hashes(args.exclude), distance=args.exclude_distance)
+        with multiprocessing.Pool(args.num_workers) as pool:
+            occurs = list(
+                tqdm(pool.imap(check, sources, chunksize=64), total=len(sources), disable=not sys.stderr.isatty())
+            )
+        excluded = [s.name for s, found in zip(sources, occurs, strict=True) if found]
+        sources = [s for s, found in zip(sources, occurs, strict=True) if not found]
     names = sorted({(s.category, s.entity) for s in sources})
     held = set(random.Random(f"{args.seed}:holdout").sample(names, round(args.holdout_entities * len(names))))
     grouped = defaultdict(lambda: defaultdict(list))
@@ -408,7 +451,7 @@ def main():
                 if path not in bad:
                     print(f"{path}: unreadable ({reason}); skipped", file=sys.stderr)
                 bad[path] = reason
-            if len(bad) > args.max_bad_images:
+            if new is None:
                 raise SystemExit(
                     f"{len(bad)} unreadable source images, last {path}: {reason}; want at most --max_bad_images "
                     f"{args.max_bad_images}; mend the images or raise the flag"
@@ -424,13 +467,14 @@ def main():
         "entities_per_image": Counter(len(r["entities"]) for r in rows),
         "layouts": Counter(r["layout"] for r in rows),
         "held_out_entities": sorted(f"{c}/{e}" for c, e in held),
+        "excluded": excluded,
         "bad_images": bad,
         "seconds": round(time.time() - start, 1),
     }
     write_text(out / "stats.json", json.dumps(stats, indent=1, ensure_ascii=False) + "\n")
     print(
         f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, "
-        f"{len(bad)} unreadable, {stats['seconds']} s -> {samples}, {out / 'preview.png'}"
+        f"{len(excluded)} excluded, {len(bad)} unreadable, {stats['seconds']} s -> {samples}, {out / 'preview.png'}"
     )
 
 

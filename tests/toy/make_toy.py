@@ -69,8 +69,8 @@ TEXTS = [
     "List all objects.", "What is at ", "What is ", "?", "Repeat: ", "Describe and find ", "(1,2),(3,4)\n",
     "(1,2),(3,4).\n", "(1,2),(3,4)?", " is at (1,2),(3,4).", " is a red disc with a white band.\n", "Where is a disc?",
     "What color is the band of a disc?", "What color is the body of a disc?", "upper left", "upper middle",
-    "upper right", "lower left", "lower middle", "lower right", "  Output the thinking process in <think> </think> and final answer "
-    "(bounding box) in <answer> </answer> tags.", "<think>\nPlanning: ", "Visual Analysis:\n",
+    "upper right", "lower left", "lower middle", "lower right", "  Output the thinking process in <think> </think> and "
+    "final answer (bounding box) in <answer> </answer> tags.", "<think>\nPlanning: ", "Visual Analysis:\n",
     "Comparison: of the objects above, only a red disc fits ", "Conclusion: ", "\n</think> <answer>", "</answer>",
     ". Let's think step by step",
 ]  # fmt: skip
