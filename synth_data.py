@@ -451,7 +451,7 @@ def main():
                 if path not in bad:
                     print(f"{path}: unreadable ({reason}); skipped", file=sys.stderr)
                 bad[path] = reason
-            if new is None:
+            if new is None or len(bad) > args.max_bad_images:
                 raise SystemExit(
                     f"{len(bad)} unreadable source images, last {path}: {reason}; want at most --max_bad_images "
                     f"{args.max_bad_images}; mend the images or raise the flag"
