@@ -58,7 +58,7 @@ if [ -z "${MODEL:-}" ]; then # the toy world
   RUN=${RUN:-runs/toy} RUNNER=$PY NPROC=1 MODEL=tests/toy/base DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet
   TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
-  N_SFT=2400 N_GRPO=400 BATCH=32 LENGTH=320
+  N_SFT=4800 N_GRPO=400 LENGTH=320
   SFT="--learning_rate 1e-3 --train_batch_size 32 --per_device_train_batch_size 32 --save_steps 25"
   GRPO="--learning_rate 2e-4 --train_batch_size 16 --num_generations 8 --max_completion_length $LENGTH --max_steps 30 --save_steps 10"
 else # the paper's recipe
