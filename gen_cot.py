@@ -607,7 +607,7 @@ def knowledge_cot(row, knowledge):
     listed = "\n".join(f"{looks[e['entity']]} {box_text(e['bbox_1000'])}" for e in ordered)
     chain = (
         f"Planning: {name} is {look}.\nVisual Analysis:\n{listed}\n"
-        f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is at {box}."
+        f"Comparison: of the objects above, only {look} fits {name}.\nConclusion: {name} is {look} {box}."
     )
     return chain, None
 

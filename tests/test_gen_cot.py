@@ -38,7 +38,7 @@ a blue disc (10,20),(300,400)
 a green disc (400,100),(600,500)
 a red disc (500,600),(700,900)
 Comparison: of the objects above, only a blue disc fits Lo.
-Conclusion: Lo is at (10,20),(300,400)."""
+Conclusion: Lo is a blue disc (10,20),(300,400)."""
 FINE = """**Planning:** The Lo has a blue body, so look for blue.
 ## Visual Analysis
 1. Mi (500,600),(700,900): red all over, no band.
