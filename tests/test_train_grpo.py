@@ -275,6 +275,25 @@ def run_dir(tiny_dir, synth_dir, tmp_path_factory):
     return out
 
 
+def test_reward_rises(tiny_dir, synth_dir, tmp_path):
+    """30 steps on a reward that any policy can raise: the whole loop, from rollout to update, has the right sign."""
+    flags = (
+        "--max_steps",
+        30,
+        "--num_generations",
+        8,
+        "--learning_rate",
+        3e-3,
+        "--lr_scheduler",
+        "constant",
+        "--save_steps",
+        0,
+    )
+    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", *flags)
+    rewards = [m["reward"] for m in rows(tmp_path / "metrics.jsonl")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
+
+
 def test_smoke_run_writes_everything(run_dir):
     metrics = rows(run_dir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]

@@ -475,16 +475,26 @@ def evaluate(model, n=192, seed=12345):
         looks = rng.sample([o for o in LOOKS if o[0] == category], k)
         return (looks, *world.make_scene(looks, rng))
 
-    for name, fewest, most in (("find_1", 1, 1), ("find_2", 2, 2), ("find_2_4", 2, 4), ("find_5_6", 5, 6)):
-        scenes = [look_alikes(rng.randint(fewest, most)) for _ in range(n)]
-        questions = [QUESTION.format(world.describe(s[0][0])) for s in scenes]
-        got = answers(model, questions, [to_patches(s[1]) for s in scenes], 45)
+    def found(scenes, refs):
+        questions = [QUESTION.format(ref) for ref in refs]
         hits = 0
-        for text, (_, _, boxes) in zip(got, scenes, strict=True):
+        for text, (_, _, boxes) in zip(
+            answers(model, questions, [to_patches(s[1]) for s in scenes], 45), scenes, strict=True
+        ):
             m = re.search(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>", text)
             b = [int(v) for v in m.groups()] if m else None
             hits += bool(b) and b[0] < b[2] and b[1] < b[3] and iou(b, to_1000(boxes[0], W, H)) >= 0.5
-        result[name] = hits / n
+        return hits / len(scenes)
+
+    for name, fewest, most in (("find_1", 1, 1), ("find_2", 2, 2), ("find_2_4", 2, 4), ("find_5_6", 5, 6)):
+        scenes = [look_alikes(rng.randint(fewest, most)) for _ in range(n)]
+        result[name] = found(scenes, [world.describe(s[0][0]) for s in scenes])
+    name_of, scenes = {look: name for name, look in world.ENTITIES.items()}, []
+    while len(scenes) < n:  # the target is an entity, asked for by its name
+        if (scene := look_alikes(rng.randint(2, 4)))[0][0] in name_of:
+            scenes.append(scene)
+    result["find_named_2_4"] = found(scenes, [name_of[s[0][0]] for s in scenes])
+    result["blind_guess_2_4"] = sum(1 / len(s[0]) for s in scenes) / n
 
     def exact(turns, scenes=None, length=60):
         patches = scenes and [to_patches(s[1]) for s in scenes]
