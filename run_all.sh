@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole pipeline: set-up, data, both training stages, evaluation.
 #
-#   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 10 min on 2 CPU cores
-#   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=hf:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
-#                                   the paper's recipe on every GPU of this node; TEACHER is knowledge:FILE, hf:MODEL or openai:MODEL
+#   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 8 min on 2 CPU cores
+#   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=openai:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
+#                                   the paper's recipe on every GPU of this node; TEACHER is openai:MODEL (a server at localhost:8000),
+#                                   hf:MODEL (one copy per GPU) or knowledge:FILE
 #   bash run_all.sh test | setup    the tests | the environment alone
 #
 # FROM=train_grpo  forgets this stage and all after it, and runs them again; without it a finished stage is not run again and
