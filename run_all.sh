@@ -7,9 +7,8 @@
 #                                   hf:MODEL (one copy per GPU) or knowledge:FILE
 #   bash run_all.sh test | setup    the tests | the environment alone
 #
-# FROM=train_grpo  forgets this stage and all after it, and runs them again; without it a finished stage is not run again and
-#                  a killed one continues.        RUN=runs/name  another run folder      SEED=1  another seed
-# PYTHON=python    uses the environment at hand and makes none
+# FROM=train_grpo  forgets this stage and all after it, and runs them again; else a finished stage is skipped, a killed one goes on
+# RUN=runs/name another run folder · SEED=1 another seed · PYTHON=python uses the environment at hand and makes none
 # NNODES=2 NODE_RANK=0 MASTER_ADDR=host  multi-node; the run folder must be on a file system that all nodes share
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -30,12 +29,11 @@ setup() {
 }
 
 stage() { # name, command ...: runs it once; its output folder is $RUN/name
-  local name=$1 began=$SECONDS; shift
-  [ -e "$RUN/.done/$name" ] && return
+  local name=$1 began=$SECONDS; shift; [ ! -e "$RUN/.done/$name" ] || return 0
   if [ "$NODE_RANK" != 0 ] && [ "$1" != torchrun ]; then # work of one process: node 0 does it
     while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done; return
   fi
-  echo; echo "== $name"
+  echo "== $name"
   if [ "$1" = torchrun ]; then
     shift; "$PY" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
@@ -79,7 +77,6 @@ fi
 TEACHER_FLAGS="--teacher ${TEACHER%%:*}"
 if [ "${TEACHER%%:*}" = knowledge ]; then TEACHER_FLAGS+=" --knowledge ${TEACHER#*:}"; else TEACHER_FLAGS+=" --teacher_model ${TEACHER#*:}"; fi
 TEACHER_RUNNER=$PY; [ "${TEACHER%%:*}" != hf ] || TEACHER_RUNNER=$RUNNER
-
 [ "$MODEL" != tests/toy/base ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
 stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH
 stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS

@@ -221,10 +221,13 @@ def draw_curves(metrics_path, png_path, keys):
     figure, axes = plt.subplots(
         math.ceil(len(keys) / columns), columns, figsize=(4 * columns, 2.6 * math.ceil(len(keys) / columns))
     )
-    for ax, key in zip(getattr(axes, "flat", [axes]), keys, strict=False):
+    axes = list(getattr(axes, "flat", [axes]))
+    for ax, key in zip(axes, keys, strict=False):
         ax.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], linewidth=1.2)
         ax.set_title(key, fontsize=9)
         ax.grid(alpha=0.3)
+    for ax in axes[len(keys) :]:
+        ax.axis("off")
     figure.tight_layout()
     figure.savefig(png_path, dpi=110)
     plt.close(figure)

@@ -49,6 +49,7 @@ def test_flags_in_docs_exist(helps):
         "--master_port",
         "--help",
         "--version",
+        "--dist",
         "--box_model",
     }
     for name in ("README.md", "run_all.sh"):

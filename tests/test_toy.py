@@ -38,7 +38,7 @@ def test_shipped_tokenizer_is_the_one_that_the_code_makes():
 def test_tokenizer_gives_one_token_to_a_name_and_to_a_digit():
     for name in world.ENTITIES:
         assert len(toy.TOKENIZER.encode(name)) == 1
-    assert len(toy.TOKENIZER.encode("(12,345),(678,1000)")) == 16
+    assert len(toy.TOKENIZER.encode("(12,345),(678,1000)")) == 17
     text = toy.SYSTEM + toy.find_turn("a red disc", [1, 20, 300, 1000])[1]
     assert toy.encode(text) == toy.TOKENIZER.encode(text) and toy.TOKENIZER.decode(toy.encode(text)) == text
 
