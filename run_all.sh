@@ -50,7 +50,6 @@ case "${1:-all}" in
   all) ;;
   *) echo "usage: bash run_all.sh [setup|test]" >&2; exit 2 ;;
 esac
-
 # ---- where, with what ----
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 if [ -z "${MODEL:-}" ]; then # the toy world
