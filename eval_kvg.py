@@ -3,7 +3,7 @@
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
 writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json
 
-  smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/grpo/final --out runs/eval
+  smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
   1 GPU    python eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
@@ -244,6 +244,9 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
         rows = json.loads(path.read_text(encoding="utf-8"))
+        for i, r in enumerate(rows):
+            if not isinstance(r, dict) or "messages" not in r or "images" not in r:
+                raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
         rows = read_jsonl(path, ("id", "images", "messages"))

@@ -3,7 +3,7 @@
 reads   --samples: samples.jsonl of gen_cot.py (cot) or synth_data.py (grpo, with --model: the stage-1 model)
 writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo also pass_rate.png and mastery.json
 
-  smoke    python filter.py --stage cot --samples runs/toy/cot/samples.jsonl --out runs/cot_kept
+  smoke    python filter.py --stage cot --samples runs/toy/gen_cot/samples.jsonl --out runs/cot_kept
   1 GPU    python filter.py --stage grpo --model runs/cot_sft/final --samples runs/synth2/samples.jsonl --out ...
   8 GPUs   torchrun --nproc_per_node 8 filter.py --stage grpo --model ... --samples ... --out runs/grpo_data
 
@@ -216,6 +216,9 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
         rows = json.loads(path.read_text(encoding="utf-8"))
+        for i, r in enumerate(rows):
+            if not isinstance(r, dict) or "messages" not in r or "images" not in r:
+                raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
         rows = read_jsonl(path, ("id", "images", "messages"))

@@ -5,7 +5,7 @@ reads   --samples: samples.jsonl of synth_data.py
 writes  --out: samples.jsonl (rows with cot, teacher and <think>/<answer> messages), rejected.jsonl, stats.json,
         config.json, part-*.jsonl (one line per finished row, so that a killed run continues)
 
-  smoke    python gen_cot.py --samples runs/toy/synth/samples.jsonl --knowledge runs/toy/world/knowledge.json
+  smoke    python gen_cot.py --samples runs/toy/synth_sft/samples.jsonl --knowledge runs/toy/world/knowledge.json
            --out runs/toy/cot
   served   python gen_cot.py --samples runs/synth/samples.jsonl --teacher openai --base_url http://localhost:8000/v1
            --teacher_model Qwen/Qwen2-VL-72B-Instruct --out runs/cot
@@ -298,6 +298,9 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
         rows = json.loads(path.read_text(encoding="utf-8"))
+        for i, r in enumerate(rows):
+            if not isinstance(r, dict) or "messages" not in r or "images" not in r:
+                raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
         rows = read_jsonl(path, ("id", "images", "messages"))

@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -185,10 +185,17 @@ def read_sources(source):
             for p in found
         ]
         root, records = source, [r | {"bbox_px": boxes[r["image"]]} for r in rows if r["image"] in boxes]
+        if len(records) < len(rows):
+            print(
+                f"{boxes_file}: no box for {len(rows) - len(records)} of {len(rows)} images; left out", file=sys.stderr
+            )
     elif source.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        table = pq.read_table(source, columns=["entity", "category", "bbox_px"])
+        wanted = ["image", "entity", "category", "bbox_px"]
+        if missing := [c for c in wanted if c not in pq.read_schema(source).names]:
+            raise SystemExit(f"--source {source}: no column {missing[0]!r}; want {', '.join(wanted)}; mend the file")
+        table = pq.read_table(source, columns=wanted[1:])
         root, records = None, [r | {"image": f"{source}#{i}"} for i, r in enumerate(table.to_pylist())]
     else:
         root, records = source.parent, read_jsonl(source, ("image", "entity", "category", "bbox_px"))
@@ -236,13 +243,19 @@ def occurs_in(source, hashes, distance):
         return False
 
 
+@lru_cache(maxsize=1)
+def image_column(file):
+    """The images of a parquet, read once per process."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(file, columns=["image"])["image"]
+
+
 def load_image(source):
     """RGB or RGBA image of a `Source`. Errors: OSError for a corrupt file, ValueError for a box outside the image."""
-    if "#" in source.path and ".parquet#" in source.path:
-        import pyarrow.parquet as pq
-
+    if ".parquet#" in source.path:
         file, row = source.path.rsplit("#", 1)
-        data = pq.read_table(file, columns=["image"])["image"][int(row)].as_py()
+        data = image_column(file)[int(row)].as_py()
         image = Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data))
     else:
         image = Image.open(source.path)

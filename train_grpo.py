@@ -346,6 +346,9 @@ def read_samples(path):
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
         rows = json.loads(path.read_text(encoding="utf-8"))
+        for i, r in enumerate(rows):
+            if not isinstance(r, dict) or "messages" not in r or "images" not in r:
+                raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
         rows = read_jsonl(path, ("id", "images", "messages"))

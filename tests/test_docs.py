@@ -50,7 +50,6 @@ def test_flags_in_docs_exist(helps):
         "--help",
         "--version",
         "--dist",
-        "--box_model",
     }
     for name in ("README.md", "run_all.sh"):
         text = re.sub(r"pip install.*", "", (ROOT / name).read_text())

@@ -201,3 +201,30 @@ def test_a_missing_source_and_bad_flags_get_one_clear_line(tmp_path):
     ):
         done = run_script("synth_data.py", *flags, "--out", tmp_path / "o", check=False)
         assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_parquet_and_jsonl_sources_give_the_pixels_of_the_folder(small_source, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in (small_source / "boxes.jsonl").read_text().splitlines()]
+    rows = [r | {"entity": r["image"].split("/")[1], "category": "cat"} for r in rows]
+    (small_source / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    table = [r | {"image": {"bytes": (small_source / r["image"]).read_bytes()}} for r in rows]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
+    for i, source in enumerate((small_source, small_source / "rows.jsonl", tmp_path / "rows.parquet")):
+        done = synth(source, tmp_path / str(i))
+        assert done.returncode == 0, done.stderr
+    for image in (tmp_path / "0" / "images").iterdir():
+        for other in ("1", "2"):
+            assert image.read_bytes() == (tmp_path / other / "images" / image.name).read_bytes()
+    pq.write_table(pa.Table.from_pylist([{"image": b"", "entity": "a", "category": "c"}]), tmp_path / "bad.parquet")
+    done = synth(tmp_path / "bad.parquet", tmp_path / "bad")
+    assert done.returncode != 0 and "no column 'bbox_px'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_images_without_a_box_are_left_out_aloud(small_source, tmp_path):
+    lines = (small_source / "boxes.jsonl").read_text().splitlines(keepends=True)
+    (small_source / "boxes.jsonl").write_text("".join(lines[:-1]))
+    done = synth(small_source, tmp_path / "out")
+    assert done.returncode == 0 and "no box for 1 of 8 images; left out" in done.stderr

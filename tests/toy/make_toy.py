@@ -17,6 +17,8 @@ What it learns (user question -> assistant answer, Qwen2-VL's strings, several t
 No picture ever comes with the box of the entity that was named: that link is what SFT and GRPO are to make. Without
 `name` the tiny model joins the two by itself and finds about half of the named entities; random targets undo that.
 
+The shipped base was made in two calls: the first four stages, then `--first_stage gap` on their result.
+
 Finding by description is the hard one: from next-token loss alone it stays at chance for thousands of steps while all
 else is learned. Two auxiliary losses give the tiny model what a large one brings along, and end the plateau in minutes:
   align    a visual token's feature is to point at the embeddings of the words for what it shows
@@ -623,7 +625,7 @@ def main():
     if args.evaluate:
         model = Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
         metrics = {
-            "command": "python tests/toy/make_toy.py --out tests/toy/base --seed 0",
+            "measured_by": "python tests/toy/make_toy.py --out tests/toy/base --evaluate",
             "scenes": 576,
             "seed": args.seed,
             **evaluate(model, n=576),
