@@ -14,12 +14,16 @@ Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the ben
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampler; the paper does not state it")
     p.add_argument("--max_completion_length", type=int, default=512, help="tokens")
     p.add_argument("--batch_size", type=int, default=256, help="sequences decoded at once on one rank")
+    p.add_argument("--num_workers", type=int, default=2, help="threads that read images ahead, per rank")
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image")
     p.add_argument(
         "--dtype",
@@ -321,15 +326,33 @@ def prompt_ids(tokenizer, text, count):
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
+def rope_positions(ids, grid_thw, image_id, merge):
+    """M-RoPE positions (3, P) of a prompt with one image: its tokens count frame, row and column, text counts on."""
+    _, rows, columns = (int(n) for n in grid_thw)
+    rows, columns, start = rows // merge, columns // merge, ids.index(image_id)
+    end = start + rows * columns
+    positions = torch.arange(len(ids)).repeat(3, 1)
+    positions[0, start:end] = start
+    positions[1, start:end] = start + torch.arange(rows).repeat_interleave(columns)
+    positions[2, start:end] = start + torch.arange(columns).repeat(rows)
+    positions[:, end:] += max(rows, columns) - rows * columns
+    return positions
+
+
 def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
-    image = load_image(image)
-    vision = image_processor(images=[image], return_tensors="pt")
-    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    """Prompt with one image, read and resized once.
+
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    """
+    vision = image_processor(images=[load_image(image)], return_tensors="pt")
+    merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
+    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
-        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "prompt_ids": ids,
+        "position_ids": positions,
         "pixel_values": vision["pixel_values"],
-        "image_grid_thw": vision["image_grid_thw"],
+        "image_grid_thw": grid_thw,
     }
 
 
@@ -367,6 +390,182 @@ def load_model(path, dtype, device):
 
 
 # <<< shared:load_model
+
+
+# >>> shared:packed (copy of train_sft.py)
+@dataclass
+class PackedRow:
+    """Prompts, each followed by its completions, end to end in one row of T tokens; no padding.
+
+    A token sees its prompt and its own completion up to itself and nothing else, and the positions of every completion
+    go on where the prompt ends: each completion is computed as if it stood alone behind its prompt, but the prompt
+    and its image go through the model once.
+    """
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (3, 1, T), M-RoPE
+    spans: list  # per prompt: (start, prompt tokens, [tokens of each completion])
+    at: torch.Tensor  # (N,), the position before each completion token
+    targets: torch.Tensor  # (N,), that token
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor
+    image_features: list | None  # per image (visual tokens, hidden), if computed before
+    causal: torch.Tensor  # (longest completion, longest prompt + it), see `completion_mask`
+    varlen: dict | None = None  # the same as sequences for the CUDA kernel
+
+
+def pack(items, device):
+    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...]."""
+    ids, positions, spans, at, targets = [], [], [], [], []
+    for inputs, completions in items:
+        prompt, start = inputs["prompt_ids"], len(ids)
+        lengths = [len(c) for c in completions]
+        if len(completions) == 1:  # a prompt with one completion is one plain causal sequence
+            spans.append((start, len(prompt) + lengths[0], []))
+        else:
+            spans.append((start, len(prompt), lengths))
+        ids += prompt
+        positions.append(inputs["position_ids"])
+        for completion in completions:
+            at += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+            targets += completion
+            ids += completion
+            after = int(inputs["position_ids"][0, -1]) + 1
+            positions.append(torch.arange(after, after + len(completion)).expand(3, -1))
+    features = [inputs.get("image_features") for inputs, _ in items]
+    features = None if any(f is None for f in features) else features
+    pixels = None if features else torch.cat([inputs["pixel_values"] for inputs, _ in items]).to(device)
+    longest_prompt = max(length for _, length, _ in spans)
+    longest = max((n for _, _, lengths in spans for n in lengths), default=0)
+    return PackedRow(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.cat(positions, 1)[:, None].to(device),
+        spans=spans,
+        at=torch.tensor(at, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        pixel_values=pixels,
+        image_grid_thw=torch.cat([inputs["image_grid_thw"] for inputs, _ in items]).to(device),
+        image_features=features,
+        causal=torch.ones(longest, longest_prompt + longest, dtype=torch.bool, device=device).tril(longest_prompt),
+    )
+
+
+def attend_spans(query, key, value, scaling, row):
+    """Attention of a packed row, span by span. Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out, width = [], row.causal.shape[1] - row.causal.shape[0]
+    for start, length, completions in row.spans:
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        out.append(attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+        here = start + length
+        for n in completions:
+            q, own_k, own_v = (x[:, :, here : here + n] for x in (query, key, value))
+            mask = row.causal[:n, width - length : width + n]  # its prompt, and itself up to each token
+            keys, values = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+            out.append(attend(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True))
+            here += n
+    return torch.cat([o.transpose(1, 2) for o in out], 1)
+
+
+def varlen_layout(row):
+    """What the CUDA kernel needs: every prompt and every completion is a sequence; a completion's keys are its prompt's
+    and its own. Shapes: keys (K,) positions in the row; cu_seq_q, cu_seq_k (sequences + 1,) int32.
+    """
+    device, keys, lengths_q, lengths_k = row.input_ids.device, [], [], []
+    for start, length, completions in row.spans:
+        here, prompt = start + length, list(range(start, start + length))
+        keys += prompt
+        lengths_q.append(length)
+        lengths_k.append(length)
+        for n in completions:
+            keys += prompt + list(range(here, here + n))
+            lengths_q.append(n)
+            lengths_k.append(length + n)
+            here += n
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (lengths_q, lengths_k))
+    return {"keys": torch.tensor(keys, device=device), "cu_seq_q": cu_q.to(device), "cu_seq_k": cu_k.to(device),
+            "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
+
+
+def attend_varlen(query, key, value, scaling, row):
+    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    row.varlen = layout = row.varlen or varlen_layout(row)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = k[layout["keys"]], v[layout["keys"]]
+    sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, row=None, cache=None, **kwargs):
+    """Attention function for transformers. With a PackedRow: within its spans; without: plain SDPA.
+
+    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D), None. `cache`: list that keeps key and value.
+    """
+    if row is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if cache is not None:
+        cache.append((key, value))
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+
+
+def embed_images(model, row):
+    """Output of the vision tower, one tensor (visual tokens, hidden) per image of the row."""
+    return model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True).pooler_output
+
+
+def hidden_states(model, row, cache=None):
+    """Last hidden states (T, hidden) of a packed row, under the model's own modules."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    text = model.config.get_text_config()
+    if text._attn_implementation != "packed":
+        AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        vision = model.config.vision_config._attn_implementation
+        model.set_attn_implementation({"text_config": "packed", "vision_config": vision})
+    features = row.image_features or embed_images(model, row)
+    return model.model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask={"full_attention": None},
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        use_cache=False,
+        row=row,
+        cache=cache,
+    ).last_hidden_state[0]
+
+
+def prefetch(function, items, workers, ahead):
+    """function(item) for every item, in order; threads compute up to `ahead` of them early, while the model works."""
+    with ThreadPoolExecutor(workers) as pool:
+        items, early = iter(items), deque()
+        for item in itertools.islice(items, ahead):
+            early.append(pool.submit(function, item))
+        while early:
+            result = early.popleft().result()
+            early.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+
+
+@contextmanager
+def timed(seconds, phase):
+    """Adds the wall time of the block to seconds[phase]; waits for the device at both ends."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+# <<< shared:packed
 
 
 # >>> shared:answer_format (copy of train_grpo.py)
@@ -420,7 +619,7 @@ def box_iou(a, b):
 # <<< shared:answer_format
 
 
-# >>> shared:rollout (copy of train_grpo.py)
+# >>> shared:sampling (copy of train_grpo.py)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -429,112 +628,240 @@ def vision_ids(tokenizer):
     return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
 
 
+def stop_ids(tokenizer):
+    return tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+
 def uniforms(seed, count):
     """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
     return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
 
 
-@torch.no_grad()
-def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
-    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+def choose(logits, draw, banned, temperature):
+    """Next tokens and their log-probs. Shapes: logits (R, V), draw (R,) in [0, 1) -> (R,), (R,) fp32.
 
-    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
-    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
-    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    At temperature 0 the likeliest token, else the inverse of the cumulative distribution at `draw`.
     """
-    generations = len(seeds[0])
-    chunk = max(1, batch_size // generations)
-    training = model.training
-    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
-    out = []
-    for i in range(0, len(prompts), chunk):
-        out += decode_batch(
-            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
-        )
-    model.train(training)
-    return out
-
-
-def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    from transformers import DynamicCache
-
-    device, generations = model.device, len(seeds[0])
-    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
-    banned = torch.tensor(vision_ids(tokenizer), device=device)
-    length = max(len(p["prompt_ids"]) for p in prompts)
-    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
-    mask = torch.zeros_like(ids)
-    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
-        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
-        mask[row, length - len(p["prompt_ids"]) :] = 1
-    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
-    is_image = (ids == model.config.image_token_id).int()
-    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
-    text = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=torch.cat([text[None], rope]),
-        pixel_values=pixels,
-        image_grid_thw=grid,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-    # from here on one row per completion
-    cache.batch_repeat_interleave(generations)
-    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
-    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
-    rows = len(prompts) * generations
-    draws = (
-        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
-        if temperature > 0
-        else np.zeros((rows, 1))
-    )
-    draws = torch.from_numpy(draws).to(device)
-    tokens = torch.full((rows, max_completion_length), -1, device=device)
-    logps = torch.zeros(rows, max_completion_length, device=device)
-    active = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
-    for t in range(max_completion_length):
-        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
-        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
-            cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-                max=cdf.shape[-1] - 1
-            )
-        else:
-            token = logp.argmax(-1)
-        tokens[active, t] = torch.where(done, -1, token)
-        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
-        done |= torch.isin(token, stop)
-        if t + 1 == max_completion_length or done.all():
-            break
-        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
-            keep = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position[..., None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    finished = torch.isin(tokens, stop).any(-1).tolist()
-    tokens, logps = tokens.tolist(), logps.cpu()
-    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
-    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
-    return [out[i : i + generations] for i in range(0, rows, generations)]
+    logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+    if temperature > 0:
+        cdf = logp.exp().cumsum(-1)
+        token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+    else:
+        token = logp.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0]
 
 
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
+# <<< shared:sampling
+
+
+# >>> shared:rollout (copy of train_grpo.py)
+@dataclass
+class DecodeState:
+    """What decoding keeps on the device: R rows, one per completion; those of a prompt stand together.
+
+    Shapes: B prompts of at most P tokens, G = R / B rows of each, C new tokens, KV heads of width D.
+    """
+
+    prompt_kv: list  # per layer keys and values (B, KV, P, D) of the prompts, read by all their rows
+    own_kv: list  # per layer keys and values (R, KV, C, D) of the completions
+    prompt_bias: torch.Tensor  # (B, 1, 1, P), -inf where a prompt has ended
+    position: torch.Tensor  # (R,), of the next token
+    logits: torch.Tensor  # (R, V) fp32, of the next token
+    done: torch.Tensor  # (R,) bool
+    row: torch.Tensor  # (R,), where this row writes into the results below
+    step: torch.Tensor  # (1,), tokens so far
+    token: torch.Tensor  # (R,), the newest
+    draws: torch.Tensor  # (rows, C) in [0, 1)
+    tokens: torch.Tensor  # (rows, C), -1 behind the end
+    logps: torch.Tensor  # (rows, C) fp32
+
+
+def linear(x, module):
+    return torch.nn.functional.linear(x, module.weight, module.bias)
+
+
+def rms_norm(x, module):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * wide.to(x.dtype)
+
+
+def prefill(model, prompts, seeds, max_completion_length, times):
+    """DecodeState after one pass over all prompts in one packed row: every prompt once, no padding."""
+    device, generations = model.device, len(seeds[0])
+    with timed(times, "vision"):
+        row = pack([(p, []) for p in prompts], device)
+        row.image_features = row.image_features or embed_images(model, row)
+        for p, features in zip(prompts, row.image_features, strict=True):
+            p["image_features"] = features
+    with timed(times, "prefill"):
+        packed_kv, lengths = [], [length for _, length, _ in row.spans]
+        hidden = hidden_states(model, row, packed_kv)
+        ends = torch.tensor([start + length - 1 for start, length, _ in row.spans], device=device)
+        logits = linear(hidden[ends], model.lm_head).float().repeat_interleave(generations, 0)
+        prompt_kv = []
+        while packed_kv:  # (1, KV, T, D) -> (B, KV, P, D)
+            layer = [x[0].transpose(0, 1).split(lengths) for x in packed_kv.pop(0)]
+            prompt_kv.append([torch.nn.utils.rnn.pad_sequence(x, True).transpose(1, 2).contiguous() for x in layer])
+        rows, C = len(logits), max_completion_length
+        k = prompt_kv[0][0]
+        ended = torch.arange(k.shape[2], device=device) >= torch.tensor(lengths, device=device)[:, None]
+        after = torch.tensor([int(p["position_ids"][0, -1]) for p in prompts], device=device) + 1
+        draws = np.stack([uniforms(seed, C) for group in seeds for seed in group])
+        return DecodeState(
+            prompt_kv=prompt_kv,
+            own_kv=[[k.new_zeros(rows, k.shape[1], C, k.shape[3]) for _ in range(2)] for _ in prompt_kv],
+            prompt_bias=k.new_zeros(ended.shape).masked_fill(ended, float("-inf"))[:, None, None],
+            position=after.repeat_interleave(generations),
+            logits=logits,
+            done=torch.zeros(rows, dtype=torch.bool, device=device),
+            row=torch.arange(rows, device=device),
+            step=torch.zeros(1, dtype=torch.long, device=device),
+            token=torch.zeros(rows, dtype=torch.long, device=device),
+            draws=torch.from_numpy(draws).to(device),
+            tokens=torch.full((rows, C), -1, device=device),
+            logps=torch.zeros(rows, C, device=device),
+        )
+
+
+def sample_step(state, stop, banned, temperature):
+    """Takes the next token of every row from its logits and writes it down; all on the device."""
+    token, logp = choose(state.logits, state.draws[state.row, state.step], banned, temperature)
+    state.tokens[state.row, state.step] = torch.where(state.done, -1, token)
+    state.logps[state.row, state.step] = logp
+    state.token.copy_(token)
+    state.done |= (token[:, None] == stop).any(-1)
+
+
+def forward_step(model, state, width):
+    """One token of every row through the model, into state.logits; `width` > step completion tokens are read.
+
+    The prompt's keys are read once for all rows of the prompt. Softmax runs over prompt and completion together, so
+    that this is plain attention.
+    """
+    text = model.model.language_model
+    angles = state.position[:, None].float() * text.rotary_emb.inv_freq.float()
+    cos, sin = (torch.cat([a, a], -1)[:, None].to(model.dtype) for a in (angles.cos(), angles.sin()))  # (R, 1, D)
+    future = torch.arange(width, device=state.step.device) > state.step
+    own_bias = torch.zeros(width, dtype=model.dtype, device=future.device).masked_fill(future, float("-inf"))
+    (B, KV, P, D), R = state.prompt_kv[0][0].shape, len(state.token)
+    G = R // B
+
+    def rotate(x):  # (R, heads, D)
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    x = torch.nn.functional.embedding(state.token, text.embed_tokens.weight)
+    for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(text.layers, state.prompt_kv, state.own_kv, strict=True):
+        h, attention = rms_norm(x, layer.input_layernorm), layer.self_attn
+        q, k, v = (linear(h, m).view(R, -1, D) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        own_k.index_copy_(2, state.step, rotate(k)[:, :, None])
+        own_v.index_copy_(2, state.step, v[:, :, None])
+        q = (rotate(q) * attention.scaling).view(B, G, KV, -1, D)
+        n = q.shape[3]  # query heads per key head
+        to_prompt = q.transpose(1, 2).reshape(B, KV, G * n, D) @ prompt_k.transpose(2, 3) + state.prompt_bias
+        to_own = q.reshape(R, KV, n, D) @ own_k[:, :, :width].transpose(2, 3) + own_bias
+        to_own = to_own.view(B, G, KV, n, width).transpose(1, 2).reshape(B, KV, G * n, width)
+        weights = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(x.dtype)
+        from_prompt = (weights[..., :P] @ prompt_v).view(B, KV, G, n, D).transpose(1, 2)
+        weights = weights[..., P:].view(B, KV, G, n, width).transpose(1, 2).reshape(R, KV, n, width)
+        from_own = weights @ own_v[:, :, :width]
+        x = x + linear(from_prompt.reshape(R, -1) + from_own.reshape(R, -1), attention.o_proj)
+        h, mlp = rms_norm(x, layer.post_attention_layernorm), layer.mlp
+        x = x + linear(torch.nn.functional.silu(linear(h, mlp.gate_proj)) * linear(h, mlp.up_proj), mlp.down_proj)
+    state.logits.copy_(linear(rms_norm(x, text.norm), model.lm_head))
+    state.position += 1
+
+
+def drop_finished(state):
+    """The state without groups that are done, and with as many rows per group as the fullest still needs."""
+    unfinished = ~state.done.view(len(state.prompt_bias), -1)
+    groups, generations = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
+    if len(groups) * generations > 0.8 * unfinished.numel():
+        return state
+    first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :generations]
+    keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
+    by_row = {name: getattr(state, name)[keep] for name in ("position", "logits", "done", "row", "token")}
+    own_kv = [[x[keep] for x in layer] for layer in state.own_kv]
+    prompt_kv = [[x[groups] for x in layer] for layer in state.prompt_kv]
+    return replace(state, prompt_kv=prompt_kv, own_kv=own_kv, prompt_bias=state.prompt_bias[groups], **by_row)
+
+
+@contextmanager
+def whole_weights(model):
+    """With ZeRO-3 each rank holds a slice of every weight: gathers them once for a whole decode loop."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def decode(model, state, stop, banned, temperature):
+    """Fills state.tokens and state.logps until every row has stopped or is full.
+
+    On CUDA a step is one captured graph, the host looks at `done` every 16 tokens only, and rows stay where they are:
+    reading the weights is what a step costs there. On CPU finished rows are left behind.
+    """
+    C, cuda, graphs = state.tokens.shape[1], state.tokens.is_cuda, {}
+    stride = 256 if cuda else 16  # attention reads the completions in these steps of width
+
+    def advance(width):
+        forward_step(model, state, width)
+        state.step += 1
+        sample_step(state, stop, banned, temperature)
+
+    sample_step(state, stop, banned, temperature)
+    # the key and value of token t are written at t by the step that samples token t + 1
+    for t in range(C - 1):
+        if (not cuda or t % 16 == 15) and bool(state.done.all()):
+            break
+        if not cuda and t % 16 == 15:
+            state = drop_finished(state)
+        width = min(C, (t // stride + 1) * stride)
+        if not cuda:
+            advance(width)
+        elif width in graphs:
+            graphs[width].replay()
+        else:
+            advance(width)  # this token eagerly, as a warm-up; the graph from the next one on
+            torch.cuda.synchronize()
+            graphs[width] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[width]):
+                advance(width)
+    return state
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size, times=None):
+    """Completions of every prompt, one per seed; decoded together, each prompt and its image computed once.
+
+    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
+    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
+    Units: temperature 0 is greedy; batch_size rows at once; seconds are added to times["vision", "prefill", "decode"].
+    A completion is a function of the weights, the prompt and its seed. Leaves "image_features" in the prompts.
+    """
+    generations, times = len(seeds[0]), {} if times is None else times
+    stop, banned = (torch.tensor(i, device=model.device) for i in (stop_ids(tokenizer), vision_ids(tokenizer)))
+    chunk, out = max(1, batch_size // generations), []
+    for i in range(0, len(prompts), chunk):
+        state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
+        with timed(times, "decode"), whole_weights(model):
+            state = decode(model, state, stop, banned, temperature)
+        finished = torch.isin(state.tokens, stop).any(-1).tolist()
+        ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
+        logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]
+        rows = list(zip(ids, logps, finished, strict=True))
+        out += [rows[j : j + generations] for j in range(0, len(rows), generations)]
+    return out
 
 
 # <<< shared:rollout
@@ -600,7 +927,7 @@ def measure_pass_rates(samples, args, out):
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(out, args, ignore=("out", "batch_size", "timeout_minutes"))
+        same_config(out, args, ignore=("out", "batch_size", "timeout_minutes", "num_workers"))
     dist.barrier()
     done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
     dist.barrier()
@@ -608,11 +935,14 @@ def measure_pass_rates(samples, args, out):
     if todo:
         tokenizer, image_processor = load_processors(args.model, args.max_pixels)
         model = load_model(args.model, args.dtype, device)
+        inputs = prefetch(
+            lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX),
+            todo, args.num_workers, args.batch_size,
+        )  # fmt: skip
     chunk = max(1, args.batch_size // args.num_rollouts)
     with open(out / f"part-{rank}.jsonl", "a", encoding="utf-8") as f:
         for i in tqdm(range(0, len(todo), chunk), disable=rank > 0 or not sys.stderr.isatty(), desc="filter"):
-            batch = todo[i : i + chunk]
-            prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX) for s in batch]
+            batch, prompts = todo[i : i + chunk], list(itertools.islice(inputs, chunk))
             seeds = [[f"{args.seed}:filter:{s['id']}:{g}" for g in range(args.num_rollouts)] for s in batch]
             rolled = rollout(
                 model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size

@@ -403,15 +403,33 @@ def prompt_ids(tokenizer, text, count):
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
+def rope_positions(ids, grid_thw, image_id, merge):
+    """M-RoPE positions (3, P) of a prompt with one image: its tokens count frame, row and column, text counts on."""
+    _, rows, columns = (int(n) for n in grid_thw)
+    rows, columns, start = rows // merge, columns // merge, ids.index(image_id)
+    end = start + rows * columns
+    positions = torch.arange(len(ids)).repeat(3, 1)
+    positions[0, start:end] = start
+    positions[1, start:end] = start + torch.arange(rows).repeat_interleave(columns)
+    positions[2, start:end] = start + torch.arange(columns).repeat(rows)
+    positions[:, end:] += max(rows, columns) - rows * columns
+    return positions
+
+
 def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
-    image = load_image(image)
-    vision = image_processor(images=[image], return_tensors="pt")
-    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    """Prompt with one image, read and resized once.
+
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    """
+    vision = image_processor(images=[load_image(image)], return_tensors="pt")
+    merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
+    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
-        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "prompt_ids": ids,
+        "position_ids": positions,
         "pixel_values": vision["pixel_values"],
-        "image_grid_thw": vision["image_grid_thw"],
+        "image_grid_thw": grid_thw,
     }
 
 
@@ -469,7 +487,7 @@ def box_iou(a, b):
 # <<< shared:answer_format
 
 
-# >>> shared:rollout (copy of train_grpo.py)
+# >>> shared:sampling (copy of train_grpo.py)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -478,107 +496,27 @@ def vision_ids(tokenizer):
     return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
 
 
+def stop_ids(tokenizer):
+    return tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+
 def uniforms(seed, count):
     """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
     return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
 
 
-@torch.no_grad()
-def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
-    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+def choose(logits, draw, banned, temperature):
+    """Next tokens and their log-probs. Shapes: logits (R, V), draw (R,) in [0, 1) -> (R,), (R,) fp32.
 
-    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
-    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
-    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    At temperature 0 the likeliest token, else the inverse of the cumulative distribution at `draw`.
     """
-    generations = len(seeds[0])
-    chunk = max(1, batch_size // generations)
-    training = model.training
-    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
-    out = []
-    for i in range(0, len(prompts), chunk):
-        out += decode_batch(
-            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
-        )
-    model.train(training)
-    return out
-
-
-def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    from transformers import DynamicCache
-
-    device, generations = model.device, len(seeds[0])
-    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
-    banned = torch.tensor(vision_ids(tokenizer), device=device)
-    length = max(len(p["prompt_ids"]) for p in prompts)
-    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
-    mask = torch.zeros_like(ids)
-    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
-        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
-        mask[row, length - len(p["prompt_ids"]) :] = 1
-    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
-    is_image = (ids == model.config.image_token_id).int()
-    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
-    text = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=torch.cat([text[None], rope]),
-        pixel_values=pixels,
-        image_grid_thw=grid,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-    # from here on one row per completion
-    cache.batch_repeat_interleave(generations)
-    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
-    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
-    rows = len(prompts) * generations
-    draws = (
-        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
-        if temperature > 0
-        else np.zeros((rows, 1))
-    )
-    draws = torch.from_numpy(draws).to(device)
-    tokens = torch.full((rows, max_completion_length), -1, device=device)
-    logps = torch.zeros(rows, max_completion_length, device=device)
-    active = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
-    for t in range(max_completion_length):
-        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
-        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
-            cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-                max=cdf.shape[-1] - 1
-            )
-        else:
-            token = logp.argmax(-1)
-        tokens[active, t] = torch.where(done, -1, token)
-        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
-        done |= torch.isin(token, stop)
-        if t + 1 == max_completion_length or done.all():
-            break
-        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
-            keep = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position[..., None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    finished = torch.isin(tokens, stop).any(-1).tolist()
-    tokens, logps = tokens.tolist(), logps.cpu()
-    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
-    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
-    return [out[i : i + generations] for i in range(0, rows, generations)]
+    logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+    if temperature > 0:
+        cdf = logp.exp().cumsum(-1)
+        token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+    else:
+        token = logp.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0]
 
 
 def completion_text(tokenizer, ids):
@@ -586,7 +524,7 @@ def completion_text(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
 
 
-# <<< shared:rollout
+# <<< shared:sampling
 
 
 # ---- chains ----
@@ -740,6 +678,45 @@ def load_teacher(args, device):
     return model if args.device_map else model.to(device), tokenizer, image_processor
 
 
+@torch.no_grad()
+def generate_responses(model, tokenizer, prompts, seeds, max_completion_length, temperature):
+    """One (ids, finished) per prompt, decoded together by the model's own forward pass, so that any Qwen-VL can teach.
+
+    A response is a function of the weights, the prompt and its seed.
+    """
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+    stop, banned = (torch.tensor(i, device=device) for i in (stop_ids(tokenizer), vision_ids(tokenizer)))
+    length = max(len(p["prompt_ids"]) for p in prompts)
+    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, p in enumerate(prompts):  # padded on the left, so that all responses start in the same column
+        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
+        mask[row, length - len(p["prompt_ids"]) :] = 1
+    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
+    is_image = (ids == model.config.image_token_id).int()
+    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
+    position = torch.cat([(mask.cumsum(-1) - 1).clamp(min=0)[None], rope])
+    new = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image}
+    cache = DynamicCache(config=model.config.get_text_config())
+    draws = torch.from_numpy(np.stack([uniforms(s, max_completion_length) for s in seeds])).to(device)
+    tokens = torch.full((len(prompts), max_completion_length), -1, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for t in range(max_completion_length):
+        logits = model(
+            **new, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+        token, _ = choose(logits, draws[:, t], banned, temperature)
+        tokens[:, t] = torch.where(done, -1, token)
+        done |= torch.isin(token, stop)
+        if done.all():
+            break
+        new, mask = {"input_ids": token[:, None]}, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position[:, :, -1:] + 1
+    return [([x for x in row if x >= 0], end) for row, end in zip(tokens.tolist(), done.tolist(), strict=True)]
+
+
 def ask_local(rows, args, save, device):
     """Batches stay full: a row whose chain was bad joins the queue again with its next attempt."""
     if not rows:
@@ -752,11 +729,9 @@ def ask_local(rows, args, save, device):
             chat_inputs(tokenizer, image_processor, str(root / row["images"][0]), teacher_prompt(row))
             for row, _, _ in batch
         ]
-        seeds = [[f"{args.seed}:{attempt}:{row['id']}"] for row, attempt, _ in batch]
-        groups = rollout(
-            model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size
-        )
-        for (row, attempt, usage), prompt, [(ids, _, finished)] in zip(batch, prompts, groups, strict=True):
+        seeds = [f"{args.seed}:{attempt}:{row['id']}" for row, attempt, _ in batch]
+        responses = generate_responses(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature)
+        for (row, attempt, usage), prompt, (ids, finished) in zip(batch, prompts, responses, strict=True):
             spent = {
                 "requests": 1,
                 "retries": 0,

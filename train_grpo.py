@@ -20,6 +20,7 @@ import argparse
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,10 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 
 def parse_args(argv=None):
@@ -55,6 +60,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--max_prompt_length", type=int, default=4096, help="tokens; a longer prompt stops the run, it is never cut"
     )
+    p.add_argument("--num_workers", type=int, default=2, help="threads that read images ahead, per rank")
     # rewards
     p.add_argument(
         "--reward_funcs",
@@ -105,6 +111,12 @@ def parse_args(argv=None):
         help="vision tower and merger (paper: trained)",
     )
     p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument(
+        "--tokens_per_row",
+        type=int,
+        default=8192,
+        help="tokens of a forward pass: whole groups, each prompt once, are packed up to it",
+    )
     # engine
     p.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed engine settings")
     p.add_argument(
@@ -451,15 +463,33 @@ def prompt_ids(tokenizer, text, count):
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
+def rope_positions(ids, grid_thw, image_id, merge):
+    """M-RoPE positions (3, P) of a prompt with one image: its tokens count frame, row and column, text counts on."""
+    _, rows, columns = (int(n) for n in grid_thw)
+    rows, columns, start = rows // merge, columns // merge, ids.index(image_id)
+    end = start + rows * columns
+    positions = torch.arange(len(ids)).repeat(3, 1)
+    positions[0, start:end] = start
+    positions[1, start:end] = start + torch.arange(rows).repeat_interleave(columns)
+    positions[2, start:end] = start + torch.arange(columns).repeat(rows)
+    positions[:, end:] += max(rows, columns) - rows * columns
+    return positions
+
+
 def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
-    image = load_image(image)
-    vision = image_processor(images=[image], return_tensors="pt")
-    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    """Prompt with one image, read and resized once.
+
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    """
+    vision = image_processor(images=[load_image(image)], return_tensors="pt")
+    merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
+    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
-        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "prompt_ids": ids,
+        "position_ids": positions,
         "pixel_values": vision["pixel_values"],
-        "image_grid_thw": vision["image_grid_thw"],
+        "image_grid_thw": grid_thw,
     }
 
 
@@ -499,9 +529,213 @@ def load_model(path, dtype, device):
 # <<< shared:load_model
 
 
+# >>> shared:packed (copy of train_sft.py)
+@dataclass
+class PackedRow:
+    """Prompts, each followed by its completions, end to end in one row of T tokens; no padding.
+
+    A token sees its prompt and its own completion up to itself and nothing else, and the positions of every completion
+    go on where the prompt ends: each completion is computed as if it stood alone behind its prompt, but the prompt
+    and its image go through the model once.
+    """
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (3, 1, T), M-RoPE
+    spans: list  # per prompt: (start, prompt tokens, [tokens of each completion])
+    at: torch.Tensor  # (N,), the position before each completion token
+    targets: torch.Tensor  # (N,), that token
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor
+    image_features: list | None  # per image (visual tokens, hidden), if computed before
+    causal: torch.Tensor  # (longest completion, longest prompt + it), see `completion_mask`
+    varlen: dict | None = None  # the same as sequences for the CUDA kernel
+
+
+def pack(items, device):
+    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...]."""
+    ids, positions, spans, at, targets = [], [], [], [], []
+    for inputs, completions in items:
+        prompt, start = inputs["prompt_ids"], len(ids)
+        lengths = [len(c) for c in completions]
+        if len(completions) == 1:  # a prompt with one completion is one plain causal sequence
+            spans.append((start, len(prompt) + lengths[0], []))
+        else:
+            spans.append((start, len(prompt), lengths))
+        ids += prompt
+        positions.append(inputs["position_ids"])
+        for completion in completions:
+            at += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+            targets += completion
+            ids += completion
+            after = int(inputs["position_ids"][0, -1]) + 1
+            positions.append(torch.arange(after, after + len(completion)).expand(3, -1))
+    features = [inputs.get("image_features") for inputs, _ in items]
+    features = None if any(f is None for f in features) else features
+    pixels = None if features else torch.cat([inputs["pixel_values"] for inputs, _ in items]).to(device)
+    longest_prompt = max(length for _, length, _ in spans)
+    longest = max((n for _, _, lengths in spans for n in lengths), default=0)
+    return PackedRow(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.cat(positions, 1)[:, None].to(device),
+        spans=spans,
+        at=torch.tensor(at, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        pixel_values=pixels,
+        image_grid_thw=torch.cat([inputs["image_grid_thw"] for inputs, _ in items]).to(device),
+        image_features=features,
+        causal=torch.ones(longest, longest_prompt + longest, dtype=torch.bool, device=device).tril(longest_prompt),
+    )
+
+
+def attend_spans(query, key, value, scaling, row):
+    """Attention of a packed row, span by span. Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out, width = [], row.causal.shape[1] - row.causal.shape[0]
+    for start, length, completions in row.spans:
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        out.append(attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+        here = start + length
+        for n in completions:
+            q, own_k, own_v = (x[:, :, here : here + n] for x in (query, key, value))
+            mask = row.causal[:n, width - length : width + n]  # its prompt, and itself up to each token
+            keys, values = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+            out.append(attend(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True))
+            here += n
+    return torch.cat([o.transpose(1, 2) for o in out], 1)
+
+
+def varlen_layout(row):
+    """What the CUDA kernel needs: every prompt and every completion is a sequence; a completion's keys are its prompt's
+    and its own. Shapes: keys (K,) positions in the row; cu_seq_q, cu_seq_k (sequences + 1,) int32.
+    """
+    device, keys, lengths_q, lengths_k = row.input_ids.device, [], [], []
+    for start, length, completions in row.spans:
+        here, prompt = start + length, list(range(start, start + length))
+        keys += prompt
+        lengths_q.append(length)
+        lengths_k.append(length)
+        for n in completions:
+            keys += prompt + list(range(here, here + n))
+            lengths_q.append(n)
+            lengths_k.append(length + n)
+            here += n
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (lengths_q, lengths_k))
+    return {"keys": torch.tensor(keys, device=device), "cu_seq_q": cu_q.to(device), "cu_seq_k": cu_k.to(device),
+            "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
+
+
+def attend_varlen(query, key, value, scaling, row):
+    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    row.varlen = layout = row.varlen or varlen_layout(row)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = k[layout["keys"]], v[layout["keys"]]
+    sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, row=None, cache=None, **kwargs):
+    """Attention function for transformers. With a PackedRow: within its spans; without: plain SDPA.
+
+    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D), None. `cache`: list that keeps key and value.
+    """
+    if row is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if cache is not None:
+        cache.append((key, value))
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+
+
+def embed_images(model, row):
+    """Output of the vision tower, one tensor (visual tokens, hidden) per image of the row."""
+    return model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True).pooler_output
+
+
+def hidden_states(model, row, cache=None):
+    """Last hidden states (T, hidden) of a packed row, under the model's own modules."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    text = model.config.get_text_config()
+    if text._attn_implementation != "packed":
+        AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        vision = model.config.vision_config._attn_implementation
+        model.set_attn_implementation({"text_config": "packed", "vision_config": vision})
+    features = row.image_features or embed_images(model, row)
+    return model.model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask={"full_attention": None},
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        use_cache=False,
+        row=row,
+        cache=cache,
+    ).last_hidden_state[0]
+
+
+def prefetch(function, items, workers, ahead):
+    """function(item) for every item, in order; threads compute up to `ahead` of them early, while the model works."""
+    with ThreadPoolExecutor(workers) as pool:
+        items, early = iter(items), deque()
+        for item in itertools.islice(items, ahead):
+            early.append(pool.submit(function, item))
+        while early:
+            result = early.popleft().result()
+            early.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+
+
+@contextmanager
+def timed(seconds, phase):
+    """Adds the wall time of the block to seconds[phase]; waits for the device at both ends."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+# <<< shared:packed
+
+
 # >>> shared:engine (copy of train_sft.py)
-def start_engine(model, args, accumulation_steps):
-    """DeepSpeed engine around the model. `ds_config.json` holds engine matters only; the flags fill in the rest."""
+class CompletionLogProbs(torch.nn.Module):
+    """The model as a trainer needs it: packed row in, fp32 log-probs (N,) of its completion tokens out.
+
+    `lm_head` runs on the N positions alone, in chunks of `chunk` logits that the backward pass computes again; the
+    log-probs are those of the sampler: at its temperature, without its `banned` ids.
+    """
+
+    def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
+        super().__init__()
+        self.model, self.banned, self.temperature, self.chunk = model, list(banned), temperature, chunk
+
+    def score(self, hidden, targets):
+        logits = self.model.lm_head(hidden).float()
+        if self.banned:
+            logits = logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), float("-inf"))
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def forward(self, row):
+        hidden = hidden_states(self.model, row)[row.at]
+        size = max(1, self.chunk // self.model.config.get_text_config().vocab_size)
+        if len(hidden) <= size:
+            return self.score(hidden, row.targets)
+        parts = zip(hidden.split(size), row.targets.split(size), strict=True)
+        return torch.cat([checkpoint(self.score, h, t, use_reentrant=False) for h, t in parts])
+
+
+def start_engine(scorer, args):
+    """DeepSpeed engine around a CompletionLogProbs. `ds_config.json` holds engine matters only; the flags the rest."""
     import deepspeed
 
     config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
@@ -520,13 +754,48 @@ def start_engine(model, args, accumulation_steps):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_accumulation_steps": 1,  # the loop says which backward pass is the last, see `backward`
         "gradient_clipping": args.max_grad_norm,
-        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "bf16": {"enabled": scorer.model.dtype == torch.bfloat16},
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
+
+
+def backward(engine, loss, last):
+    """Adds the gradients of `loss`, this rank's share of a sum over all ranks; `last` before the update."""
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)  # DeepSpeed averages over the ranks
+
+
+def train_flops(model, row):
+    """FLOPs of forward and backward over a packed row: 6 per trained weight and token, 12 per attended pair and width.
+
+    A frozen or already computed vision tower counts its forward pass or nothing; recomputation is not counted.
+    """
+    config, vision, patches = model.config.get_text_config(), model.model.visual, row.image_grid_thw.prod(1)
+    pairs = sum(n * n / 2 + sum(c * (n + c / 2) for c in completions) for _, n, completions in row.spans)
+    body = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    flops = 6 * (body * row.input_ids.numel() + config.vocab_size * config.hidden_size * len(row.at))
+    flops += 12 * config.num_hidden_layers * config.hidden_size * pairs
+    if row.image_features is None:
+        merger = sum(p.numel() for p in vision.merger.parameters())
+        blocks = sum(p.numel() for p in vision.parameters()) - merger
+        tower = (blocks + merger / vision.spatial_merge_size**2) * int(patches.sum())
+        tower += 2 * len(vision.blocks) * model.config.vision_config.embed_dim * int((patches**2).sum())
+        flops += tower * (6 if next(vision.parameters()).requires_grad else 2)
+    return flops
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product here and now: what `mfu` is a share of."""
+    n, seconds = 8192 if device.type == "cuda" else 1024, {}
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    for i in range(5):
+        with timed(seconds, i):
+            a @ a
+    return 2 * n**3 / min(seconds.values())
 
 
 def learning_rate_at(step, total_steps, args):
@@ -546,7 +815,9 @@ def export_model(engine, tokenizer, image_processor, folder):
     if engine.global_rank == 0:
         part = Path(f"{folder}.tmp")
         shutil.rmtree(part, ignore_errors=True)
-        engine.module.save_pretrained(part, state_dict=weights)
+        engine.module.model.save_pretrained(
+            part, state_dict={name.removeprefix("model."): w for name, w in weights.items()}
+        )
         tokenizer.save_pretrained(part)
         image_processor.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
@@ -678,7 +949,7 @@ def format_reward(text, sample, args):
 REWARDS = {"iou": iou_reward, "dense_iou": dense_iou_reward, "binary": binary_reward, "format": format_reward}
 
 
-# >>> shared:rollout (source)
+# >>> shared:sampling (source)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -687,112 +958,240 @@ def vision_ids(tokenizer):
     return [i for i in tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)) if i is not None]
 
 
+def stop_ids(tokenizer):
+    return tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+
+
 def uniforms(seed, count):
     """`count` numbers in [0, 1) that depend on the string `seed` alone, not on batch, rank or position."""
     return np.random.default_rng(list(hashlib.sha256(seed.encode()).digest())).random(count, dtype=np.float32)
 
 
-@torch.no_grad()
-def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size):
-    """Completions of every prompt, one per seed; decoded together, each prompt prefilled once.
+def choose(logits, draw, banned, temperature):
+    """Next tokens and their log-probs. Shapes: logits (R, V), draw (R,) in [0, 1) -> (R,), (R,) fp32.
 
-    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
-    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
-    Units: temperature 0 is greedy. A completion is a function of the weights, the prompt and its seed.
+    At temperature 0 the likeliest token, else the inverse of the cumulative distribution at `draw`.
     """
-    generations = len(seeds[0])
-    chunk = max(1, batch_size // generations)
-    training = model.training
-    model.eval()  # in train mode with gradient checkpointing transformers drops the cache and goes on with one token
-    out = []
-    for i in range(0, len(prompts), chunk):
-        out += decode_batch(
-            model, tokenizer, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, temperature
-        )
-    model.train(training)
-    return out
-
-
-def decode_batch(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    from transformers import DynamicCache
-
-    device, generations = model.device, len(seeds[0])
-    stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=device)
-    banned = torch.tensor(vision_ids(tokenizer), device=device)
-    length = max(len(p["prompt_ids"]) for p in prompts)
-    ids = torch.full((len(prompts), length), tokenizer.pad_token_id, device=device)
-    mask = torch.zeros_like(ids)
-    for row, p in enumerate(prompts):  # padded on the left, so that all completions start in the same column
-        ids[row, length - len(p["prompt_ids"]) :] = torch.tensor(p["prompt_ids"], device=device)
-        mask[row, length - len(p["prompt_ids"]) :] = 1
-    pixels, grid = (torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw"))
-    is_image = (ids == model.config.image_token_id).int()
-    rope, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=grid, attention_mask=mask)  # (3, B, P)
-    text = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=torch.cat([text[None], rope]),
-        pixel_values=pixels,
-        image_grid_thw=grid,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-    # from here on one row per completion
-    cache.batch_repeat_interleave(generations)
-    logits, mask = logits.repeat_interleave(generations, 0), mask.repeat_interleave(generations, 0)
-    position = torch.cat([text[None], rope])[:, :, -1].repeat_interleave(generations, 1)  # (4, rows), of the last token
-    rows = len(prompts) * generations
-    draws = (
-        np.stack([uniforms(s, max_completion_length) for group in seeds for s in group])
-        if temperature > 0
-        else np.zeros((rows, 1))
-    )
-    draws = torch.from_numpy(draws).to(device)
-    tokens = torch.full((rows, max_completion_length), -1, device=device)
-    logps = torch.zeros(rows, max_completion_length, device=device)
-    active = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)  # of the active rows
-    for t in range(max_completion_length):
-        logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
-        if temperature > 0:  # inverse of the cumulative distribution at one uniform number per token
-            cdf = logp.exp().cumsum(-1)
-            token = torch.searchsorted(cdf, draws[active, t, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-                max=cdf.shape[-1] - 1
-            )
-        else:
-            token = logp.argmax(-1)
-        tokens[active, t] = torch.where(done, -1, token)
-        logps[active, t] = logp.gather(1, token[:, None])[:, 0]
-        done |= torch.isin(token, stop)
-        if t + 1 == max_completion_length or done.all():
-            break
-        if t % 16 == 15 and done.float().mean() > 0.2:  # leave finished rows behind
-            keep = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            active, token, mask, position, done = active[keep], token[keep], mask[keep], position[:, keep], done[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position[..., None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-    finished = torch.isin(tokens, stop).any(-1).tolist()
-    tokens, logps = tokens.tolist(), logps.cpu()
-    out = [([x for x in ids if x >= 0], logps[r], finished[r]) for r, ids in enumerate(tokens)]
-    out = [(ids, logp[: len(ids)], end) for ids, logp, end in out]
-    return [out[i : i + generations] for i in range(0, rows, generations)]
+    logp = torch.log_softmax(logits.float().index_fill(-1, banned, float("-inf")) / (temperature or 1.0), -1)
+    if temperature > 0:
+        cdf = logp.exp().cumsum(-1)
+        token = torch.searchsorted(cdf, draw[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+    else:
+        token = logp.argmax(-1)
+    return token, logp.gather(1, token[:, None])[:, 0]
 
 
 def completion_text(tokenizer, ids):
     """Text with box and ref tokens, without the stop token."""
     return tokenizer.decode(ids, skip_special_tokens=False).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+
+
+# <<< shared:sampling
+
+
+# >>> shared:rollout (source)
+@dataclass
+class DecodeState:
+    """What decoding keeps on the device: R rows, one per completion; those of a prompt stand together.
+
+    Shapes: B prompts of at most P tokens, G = R / B rows of each, C new tokens, KV heads of width D.
+    """
+
+    prompt_kv: list  # per layer keys and values (B, KV, P, D) of the prompts, read by all their rows
+    own_kv: list  # per layer keys and values (R, KV, C, D) of the completions
+    prompt_bias: torch.Tensor  # (B, 1, 1, P), -inf where a prompt has ended
+    position: torch.Tensor  # (R,), of the next token
+    logits: torch.Tensor  # (R, V) fp32, of the next token
+    done: torch.Tensor  # (R,) bool
+    row: torch.Tensor  # (R,), where this row writes into the results below
+    step: torch.Tensor  # (1,), tokens so far
+    token: torch.Tensor  # (R,), the newest
+    draws: torch.Tensor  # (rows, C) in [0, 1)
+    tokens: torch.Tensor  # (rows, C), -1 behind the end
+    logps: torch.Tensor  # (rows, C) fp32
+
+
+def linear(x, module):
+    return torch.nn.functional.linear(x, module.weight, module.bias)
+
+
+def rms_norm(x, module):
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * wide.to(x.dtype)
+
+
+def prefill(model, prompts, seeds, max_completion_length, times):
+    """DecodeState after one pass over all prompts in one packed row: every prompt once, no padding."""
+    device, generations = model.device, len(seeds[0])
+    with timed(times, "vision"):
+        row = pack([(p, []) for p in prompts], device)
+        row.image_features = row.image_features or embed_images(model, row)
+        for p, features in zip(prompts, row.image_features, strict=True):
+            p["image_features"] = features
+    with timed(times, "prefill"):
+        packed_kv, lengths = [], [length for _, length, _ in row.spans]
+        hidden = hidden_states(model, row, packed_kv)
+        ends = torch.tensor([start + length - 1 for start, length, _ in row.spans], device=device)
+        logits = linear(hidden[ends], model.lm_head).float().repeat_interleave(generations, 0)
+        prompt_kv = []
+        while packed_kv:  # (1, KV, T, D) -> (B, KV, P, D)
+            layer = [x[0].transpose(0, 1).split(lengths) for x in packed_kv.pop(0)]
+            prompt_kv.append([torch.nn.utils.rnn.pad_sequence(x, True).transpose(1, 2).contiguous() for x in layer])
+        rows, C = len(logits), max_completion_length
+        k = prompt_kv[0][0]
+        ended = torch.arange(k.shape[2], device=device) >= torch.tensor(lengths, device=device)[:, None]
+        after = torch.tensor([int(p["position_ids"][0, -1]) for p in prompts], device=device) + 1
+        draws = np.stack([uniforms(seed, C) for group in seeds for seed in group])
+        return DecodeState(
+            prompt_kv=prompt_kv,
+            own_kv=[[k.new_zeros(rows, k.shape[1], C, k.shape[3]) for _ in range(2)] for _ in prompt_kv],
+            prompt_bias=k.new_zeros(ended.shape).masked_fill(ended, float("-inf"))[:, None, None],
+            position=after.repeat_interleave(generations),
+            logits=logits,
+            done=torch.zeros(rows, dtype=torch.bool, device=device),
+            row=torch.arange(rows, device=device),
+            step=torch.zeros(1, dtype=torch.long, device=device),
+            token=torch.zeros(rows, dtype=torch.long, device=device),
+            draws=torch.from_numpy(draws).to(device),
+            tokens=torch.full((rows, C), -1, device=device),
+            logps=torch.zeros(rows, C, device=device),
+        )
+
+
+def sample_step(state, stop, banned, temperature):
+    """Takes the next token of every row from its logits and writes it down; all on the device."""
+    token, logp = choose(state.logits, state.draws[state.row, state.step], banned, temperature)
+    state.tokens[state.row, state.step] = torch.where(state.done, -1, token)
+    state.logps[state.row, state.step] = logp
+    state.token.copy_(token)
+    state.done |= (token[:, None] == stop).any(-1)
+
+
+def forward_step(model, state, width):
+    """One token of every row through the model, into state.logits; `width` > step completion tokens are read.
+
+    The prompt's keys are read once for all rows of the prompt. Softmax runs over prompt and completion together, so
+    that this is plain attention.
+    """
+    text = model.model.language_model
+    angles = state.position[:, None].float() * text.rotary_emb.inv_freq.float()
+    cos, sin = (torch.cat([a, a], -1)[:, None].to(model.dtype) for a in (angles.cos(), angles.sin()))  # (R, 1, D)
+    future = torch.arange(width, device=state.step.device) > state.step
+    own_bias = torch.zeros(width, dtype=model.dtype, device=future.device).masked_fill(future, float("-inf"))
+    (B, KV, P, D), R = state.prompt_kv[0][0].shape, len(state.token)
+    G = R // B
+
+    def rotate(x):  # (R, heads, D)
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat([-right, left], -1) * sin
+
+    x = torch.nn.functional.embedding(state.token, text.embed_tokens.weight)
+    for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(text.layers, state.prompt_kv, state.own_kv, strict=True):
+        h, attention = rms_norm(x, layer.input_layernorm), layer.self_attn
+        q, k, v = (linear(h, m).view(R, -1, D) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        own_k.index_copy_(2, state.step, rotate(k)[:, :, None])
+        own_v.index_copy_(2, state.step, v[:, :, None])
+        q = (rotate(q) * attention.scaling).view(B, G, KV, -1, D)
+        n = q.shape[3]  # query heads per key head
+        to_prompt = q.transpose(1, 2).reshape(B, KV, G * n, D) @ prompt_k.transpose(2, 3) + state.prompt_bias
+        to_own = q.reshape(R, KV, n, D) @ own_k[:, :, :width].transpose(2, 3) + own_bias
+        to_own = to_own.view(B, G, KV, n, width).transpose(1, 2).reshape(B, KV, G * n, width)
+        weights = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(x.dtype)
+        from_prompt = (weights[..., :P] @ prompt_v).view(B, KV, G, n, D).transpose(1, 2)
+        weights = weights[..., P:].view(B, KV, G, n, width).transpose(1, 2).reshape(R, KV, n, width)
+        from_own = weights @ own_v[:, :, :width]
+        x = x + linear(from_prompt.reshape(R, -1) + from_own.reshape(R, -1), attention.o_proj)
+        h, mlp = rms_norm(x, layer.post_attention_layernorm), layer.mlp
+        x = x + linear(torch.nn.functional.silu(linear(h, mlp.gate_proj)) * linear(h, mlp.up_proj), mlp.down_proj)
+    state.logits.copy_(linear(rms_norm(x, text.norm), model.lm_head))
+    state.position += 1
+
+
+def drop_finished(state):
+    """The state without groups that are done, and with as many rows per group as the fullest still needs."""
+    unfinished = ~state.done.view(len(state.prompt_bias), -1)
+    groups, generations = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
+    if len(groups) * generations > 0.8 * unfinished.numel():
+        return state
+    first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :generations]
+    keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
+    by_row = {name: getattr(state, name)[keep] for name in ("position", "logits", "done", "row", "token")}
+    own_kv = [[x[keep] for x in layer] for layer in state.own_kv]
+    prompt_kv = [[x[groups] for x in layer] for layer in state.prompt_kv]
+    return replace(state, prompt_kv=prompt_kv, own_kv=own_kv, prompt_bias=state.prompt_bias[groups], **by_row)
+
+
+@contextmanager
+def whole_weights(model):
+    """With ZeRO-3 each rank holds a slice of every weight: gathers them once for a whole decode loop."""
+    sharded = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def decode(model, state, stop, banned, temperature):
+    """Fills state.tokens and state.logps until every row has stopped or is full.
+
+    On CUDA a step is one captured graph, the host looks at `done` every 16 tokens only, and rows stay where they are:
+    reading the weights is what a step costs there. On CPU finished rows are left behind.
+    """
+    C, cuda, graphs = state.tokens.shape[1], state.tokens.is_cuda, {}
+    stride = 256 if cuda else 16  # attention reads the completions in these steps of width
+
+    def advance(width):
+        forward_step(model, state, width)
+        state.step += 1
+        sample_step(state, stop, banned, temperature)
+
+    sample_step(state, stop, banned, temperature)
+    # the key and value of token t are written at t by the step that samples token t + 1
+    for t in range(C - 1):
+        if (not cuda or t % 16 == 15) and bool(state.done.all()):
+            break
+        if not cuda and t % 16 == 15:
+            state = drop_finished(state)
+        width = min(C, (t // stride + 1) * stride)
+        if not cuda:
+            advance(width)
+        elif width in graphs:
+            graphs[width].replay()
+        else:
+            advance(width)  # this token eagerly, as a warm-up; the graph from the next one on
+            torch.cuda.synchronize()
+            graphs[width] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[width]):
+                advance(width)
+    return state
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature, batch_size, times=None):
+    """Completions of every prompt, one per seed; decoded together, each prompt and its image computed once.
+
+    Shapes: prompts: B dicts of `chat_inputs`; seeds: B lists of G strings -> B lists of G (ids, logps, finished);
+    ids: list of at most C ints, with the stop token if it came; logps: fp32 log-probs of these ids under the sampler.
+    Units: temperature 0 is greedy; batch_size rows at once; seconds are added to times["vision", "prefill", "decode"].
+    A completion is a function of the weights, the prompt and its seed. Leaves "image_features" in the prompts.
+    """
+    generations, times = len(seeds[0]), {} if times is None else times
+    stop, banned = (torch.tensor(i, device=model.device) for i in (stop_ids(tokenizer), vision_ids(tokenizer)))
+    chunk, out = max(1, batch_size // generations), []
+    for i in range(0, len(prompts), chunk):
+        state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
+        with timed(times, "decode"), whole_weights(model):
+            state = decode(model, state, stop, banned, temperature)
+        finished = torch.isin(state.tokens, stop).any(-1).tolist()
+        ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
+        logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]
+        rows = list(zip(ids, logps, finished, strict=True))
+        out += [rows[j : j + generations] for j in range(0, len(rows), generations)]
+    return out
 
 
 # <<< shared:rollout
@@ -804,7 +1203,7 @@ class Group:
     """One prompt and its G completions: what a step computes on, from rollout to loss."""
 
     sample: dict
-    inputs: dict  # of chat_inputs: prompt_ids, pixel_values, image_grid_thw
+    inputs: dict  # of chat_inputs: prompt_ids, position_ids, pixel_values, image_grid_thw
     completion_ids: list  # G lists of ints
     old_logps: list  # G tensors (C,), from the sampler
     finished: list  # G bools: the stop token came before the length ran out
@@ -812,6 +1211,11 @@ class Group:
     rewards_per_func: dict = field(default_factory=dict)  # name -> G floats
     rewards: list = field(default_factory=list)  # G floats
     advantages: list = field(default_factory=list)  # G floats
+
+    @property
+    def num_tokens(self):
+        """Length of its packed row."""
+        return len(self.inputs["prompt_ids"]) + sum(map(len, self.completion_ids))
 
 
 def group_advantages(rewards, scale_rewards):
@@ -831,78 +1235,78 @@ def group_advantages(rewards, scale_rewards):
     return centred.tolist()
 
 
-def completion_logps(model, tokenizer, group, temperature):
-    """Log-probs of the completions under `model`, as the sampler defines them. Shapes: -> (G, C) fp32, mask (G, C)."""
-    P, C = len(group.inputs["prompt_ids"]), max(len(ids) for ids in group.completion_ids)
-    G, device = len(group.completion_ids), next(model.parameters()).device
-    ids = torch.full((G, P + C), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, completion in enumerate(group.completion_ids):
-        ids[row, : P + len(completion)] = torch.tensor(group.inputs["prompt_ids"] + completion)
-        mask[row, : P + len(completion)] = 1
-    is_image = torch.zeros_like(ids)
-    is_image[:, :P] = ids[:, :P] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image.int()}
-    batch |= {key: group.inputs[key].repeat(G, 1) for key in ("pixel_values", "image_grid_thw")}
-    logits = (
-        model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False, logits_to_keep=C + 1)
-        .logits[:, :-1]
-        .float()
-    )
-    banned = torch.tensor(vision_ids(tokenizer), device=device)
-    logps = torch.log_softmax(logits.index_fill(-1, banned, float("-inf")) / temperature, -1)
-    return logps.gather(-1, ids[:, P:].to(device)[..., None])[..., 0], mask[:, P:].to(device)
+def token_weights(lengths, args, num_sequences, num_tokens):
+    """What each token's loss counts in the loss of the step. Shapes: completion lengths, N their sum -> (N,) fp32.
+
+    `num_sequences` and `num_tokens` count the completions of the whole step on all ranks, skipped groups included, so
+    that the shares of all groups add up. Source: GRPO arXiv 2402.03300 eq. 3 (mean per sequence), DAPO 2503.14476
+    eq. 8 (mean over tokens), Dr. GRPO 2503.20783 (constant).
+    """
+    per_sequence = {
+        "grpo": [1 / (n * num_sequences) for n in lengths],
+        "dapo": [1 / num_tokens for _ in lengths],
+        "dr_grpo": [1 / (num_sequences * args.max_completion_length) for _ in lengths],
+    }[args.loss_type]
+    return torch.tensor(per_sequence).repeat_interleave(torch.tensor(lengths))
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, mask, args, num_sequences, num_tokens):
-    """Share of one group in the loss of the step, and what is logged of it.
+def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
+    """Share of these tokens in the loss of the step, and what is logged of them: sums over the tokens.
 
-    Shapes: logps, old_logps, ref_logps (or None), mask (G, C); advantages (G,). `num_sequences` and `num_tokens` count
-    the completions of the whole step on all ranks, so that the groups' shares add up to the step's loss.
-    Source: GRPO arXiv 2402.03300 eq. 3 (sequence), DAPO 2503.14476 eq. 8 (token), Dr. GRPO 2503.20783 (constant).
+    Shapes: logps, old_logps, ref_logps (or None), advantages, weights (N,).
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
-    advantages = advantages[:, None]
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
         log_ratio = (ref_logps - logps).clamp(-20, 20)
         kl = log_ratio.exp() - log_ratio - 1  # k3: unbiased, never negative
         per_token = per_token + args.beta * kl
-    if args.loss_type == "grpo":
-        loss = ((per_token * mask).sum(1) / mask.sum(1)).sum() / num_sequences
-    elif args.loss_type == "dapo":
-        loss = (per_token * mask).sum() / num_tokens
-    else:
-        loss = (per_token * mask).sum() / (num_sequences * args.max_completion_length)
     was_clipped = ((ratio < 1 - args.epsilon) & (advantages < 0)) | ((ratio > 1 + args.epsilon_high) & (advantages > 0))
-    return loss, {"kl": (kl * mask).sum().item(), "clip": (was_clipped * mask).sum().item()}
+    return (per_token * weights).sum(), {"kl": kl.sum().item(), "clip": was_clipped.sum().item()}
 
 
-def padded(rows, like):
-    """(G, C) tensor of G rows of different length, on the device of `like`, zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(like.device)
+def micro_batches(groups, budget, device):
+    """Groups packed first-fit into rows of at most `budget` tokens (one group at least), equally many on every rank.
+
+    A rank with fewer rows gets empty ones: every rank must take part in every reduction of gradients.
+    """
+    bins = []
+    for group in sorted(groups, key=lambda g: g.num_tokens, reverse=True):
+        fit = next((b for b in bins if sum(g.num_tokens for g in b) + group.num_tokens <= budget), None)
+        bins.append([group]) if fit is None else fit.append(group)
+    most = torch.tensor(max(1, len(bins)), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return bins + [[]] * (int(most) - len(bins))
 
 
-def roll_out_step(model, tokenizer, image_processor, samples, step, args):
+def stand_in(group):
+    """What a rank computes when it has no row left: one token of a group, with no advantage."""
+    return replace(group, completion_ids=[group.completion_ids[0][:1]], old_logps=[group.old_logps[0][:1]],
+                   advantages=[0.0])  # fmt: skip
+
+
+def roll_out_step(model, tokenizer, samples, prompts, step, args, times):
     """The groups of one step on this rank, with rewards and advantages."""
-    prompts = [chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX) for s in samples]
     seeds = [[f"{args.seed}:{step}:{s['id']}:{g}" for g in range(args.num_generations)] for s in samples]
     rolled = rollout(
-        model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.rollout_batch_size
+        model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.rollout_batch_size, times
     )
     groups = []
-    for sample, inputs, completions in zip(samples, prompts, rolled, strict=True):
-        ids, logps, finished = (list(c) for c in zip(*completions, strict=True))
-        group = Group(sample, inputs, ids, logps, finished, [completion_text(tokenizer, i) for i in ids])
-        group.rewards_per_func = {
-            name: [REWARDS[name](t, sample, args) for t in group.texts] for name in args.reward_funcs
-        }
-        group.rewards = [sum(w * r for w, r in zip(args.reward_weights, per, strict=True))
-                         for per in zip(*group.rewards_per_func.values(), strict=True)]  # fmt: skip
-        group.advantages = group_advantages(group.rewards, args.scale_rewards)
-        groups.append(group)
+    with timed(times, "reward"):
+        for sample, inputs, completions in zip(samples, prompts, rolled, strict=True):
+            if next(model.model.visual.parameters()).requires_grad:
+                del inputs["image_features"]  # the loss needs them with their graph
+            ids, logps, finished = (list(c) for c in zip(*completions, strict=True))
+            group = Group(sample, inputs, ids, logps, finished, [completion_text(tokenizer, i) for i in ids])
+            group.rewards_per_func = {
+                name: [REWARDS[name](t, sample, args) for t in group.texts] for name in args.reward_funcs
+            }
+            group.rewards = [sum(w * r for w, r in zip(args.reward_weights, per, strict=True))
+                             for per in zip(*group.rewards_per_func.values(), strict=True)]  # fmt: skip
+            group.advantages = group_advantages(group.rewards, args.scale_rewards)
+            groups.append(group)
     return groups
 
 
@@ -961,6 +1365,7 @@ def main():
                 "save_total_limit",
                 "timeout_minutes",
                 "rollout_batch_size",
+                "num_workers",
             ),
         )
     if args.train_batch_size % world_size:
@@ -983,10 +1388,12 @@ def main():
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta > 0 else None
-    engine = start_engine(model, args, accumulation_steps=args.train_batch_size // world_size)
+    scorer = CompletionLogProbs(model, vision_ids(tokenizer), args.temperature)
+    reference = copy.deepcopy(scorer).eval().requires_grad_(False) if args.beta > 0 else None
+    engine = start_engine(scorer, args)
+    peak = matmul_rate(device, model.dtype)
     if rank == 0:
-        derived = {"world_size": world_size, "total_steps": total_steps, "rows": len(samples)}
+        derived = {"world_size": world_size, "total_steps": total_steps, "rows": len(samples), "matmul_flops": peak}
         write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
     state = resume(engine, out)
     first, num_tokens = state["step"], state["num_tokens"]
@@ -998,19 +1405,26 @@ def main():
         f"{world_size} ranks, {model.dtype} on {device.type}, reference model {'on' if reference else 'off'}"
     )
 
+    # GRPO 1: the prompts of every step, this rank's share, read by threads while the model works
     B = args.train_batch_size
+    drawn = [samples[epoch_order(i, len(samples), args.seed)]
+             for i in range(first * B + rank, total_steps * B, world_size)]  # fmt: skip
+    inputs = prefetch(
+        lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX),
+        drawn, args.num_workers, 2 * B // world_size,
+    )  # fmt: skip
+    drawn = iter(drawn)
     for step in range(first + 1, total_steps + 1):
-        began = time.time()
-        # GRPO 1: the prompts of this step; every rank takes its share
-        drawn = [
-            samples[epoch_order(i, len(samples), args.seed)] for i in range((step - 1) * B + rank, step * B, world_size)
-        ]
+        began, times = time.time(), {}
+        with timed(times, "data"):
+            here = [list(itertools.islice(x, B // world_size)) for x in (drawn, inputs)]
         # GRPO 2-4: completions, rewards, advantages
-        groups = roll_out_step(engine.module, tokenizer, image_processor, drawn, step, args)
-        generated = time.time()
+        groups = roll_out_step(model, tokenizer, *here, step, args, times)
         metrics, step_sequences, step_tokens = step_metrics(groups, device)
         num_tokens += step_tokens
-        sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0}
+        # a group whose completions are all equally good has no gradient, unless the KL gives it one
+        rows = micro_batches([g for g in groups if any(g.advantages) or args.beta], args.tokens_per_row, device)
+        sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0, "tokens": 0.0, "row_tokens": 0.0, "flops": 0.0}
         engine.train()
         for iteration in range(args.num_iterations):
             rate = learning_rate_at(
@@ -1018,26 +1432,38 @@ def main():
             )
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = rate
-            for group in groups:
-                logps, mask = completion_logps(engine, tokenizer, group, args.temperature)
-                sampled = padded(group.old_logps, logps)
-                old_logps = sampled if args.num_iterations > 1 else logps.detach()  # one update: the ratio is exactly 1
-                ref_logps = None
-                if reference is not None:
-                    with torch.no_grad():
-                        ref_logps, _ = completion_logps(reference, tokenizer, group, args.temperature)
-                advantages = torch.tensor(group.advantages, device=device, dtype=torch.float32)
-                # GRPO 5: the loss; DeepSpeed averages over ranks, times world_size makes it the loss of the whole step
-                loss, logged = grpo_loss(
-                    logps, old_logps, ref_logps, advantages, mask, args, step_sequences, step_tokens
-                )
-                engine.backward(loss * world_size, scale_wrt_gas=False)
-                engine.step()  # GRPO 6: updates after the last group of the step
-                sums["loss"] += loss.item() / args.num_iterations
-                sums["kl"] += logged["kl"] / args.num_iterations
-                sums["clip"] += logged["clip"] / args.num_iterations
-                sums["drift"] += ((logps.detach() - sampled).abs() * mask).sum().item() * (iteration == 0)
+            for i, batch in enumerate(rows):
+                with timed(times, "train"):
+                    groups_here = batch or [stand_in(groups[0])]
+                    row = pack([(g.inputs, g.completion_ids) for g in groups_here], device)
+                    logps = engine(row)
+                    sampled = torch.cat([lp for g in groups_here for lp in g.old_logps]).to(device)
+                    # with one update per rollout the old log-probs are these: the ratio is exactly 1
+                    old_logps = sampled if args.num_iterations > 1 else logps.detach()
+                    ref_logps = None
+                    if reference is not None:
+                        with torch.no_grad():
+                            ref_logps = reference(row)
+                    lengths = [len(ids) for g in groups_here for ids in g.completion_ids]
+                    advantages = torch.tensor([a for g in groups_here for a in g.advantages])
+                    advantages = advantages.repeat_interleave(torch.tensor(lengths)).to(device)
+                    weights = token_weights(lengths, args, step_sequences, step_tokens).to(device) * bool(batch)
+                    # GRPO 5: this row's share of the loss of the whole step
+                    loss, logged = grpo_loss(logps, old_logps, ref_logps, advantages, weights, args)
+                    backward(engine, loss, last=i == len(rows) - 1)
+                    sums["loss"] += loss.item() / args.num_iterations
+                    sums["row_tokens"] += row.input_ids.numel()
+                    sums["flops"] += train_flops(model, row)
+                    if batch:
+                        sums["kl"] += logged["kl"] / args.num_iterations
+                        sums["clip"] += logged["clip"] / args.num_iterations
+                        sums["drift"] += (logps.detach() - sampled).abs().sum().item() * (iteration == 0)
+                        sums["tokens"] += len(logps) * (iteration == 0)
+            with timed(times, "optimizer"):
+                engine.step()  # GRPO 6: the update
+        step_time = time.time() - began
         sums = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
+        trained = max(1, sums["tokens"])
         if not math.isfinite(sums["loss"]):
             raise SystemExit(
                 f"step {step}: loss is {sums['loss']}; want a finite number; lower --learning_rate, resume from {out}"
@@ -1050,25 +1476,29 @@ def main():
                 "grad_norm": float(engine.get_global_grad_norm() or 0.0),
                 "learning_rate": rate,
                 "num_tokens": num_tokens,
-                "sampling/logp_diff": sums["drift"] / step_tokens,
-                "gen_time": generated - began,
-                "step_time": time.time() - began,
+                "sampling/logp_diff": sums["drift"] / trained,
+                "step_time": step_time,
+                **{f"time/{phase}": seconds for phase, seconds in times.items()},
+                "decode_tokens_per_second": step_tokens / world_size / times["decode"],
+                "train_tokens_per_second": sums["row_tokens"] / world_size / times["train"],
+                "mfu": sums["flops"] / world_size / times["train"] / peak,
             }
             if reference is not None:
-                row["kl"] = sums["kl"] / step_tokens
+                row["kl"] = sums["kl"] / trained
             if args.num_iterations > 1:
-                row["clip_ratio/region_mean"] = sums["clip"] / step_tokens
+                row["clip_ratio/region_mean"] = sums["clip"] / trained
             append_row(out / "metrics.jsonl", row)
             for group in groups[: args.log_completions]:
                 append_row(out / "samples.jsonl", group_row(group, step))
             eta = (total_steps - step) * (time.time() - start) / (step - first)
             parts = " | ".join(f"{name} {row[f'rewards/{name}/mean']:.3f}" for name in args.reward_funcs)
+            phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in times.items())
             print0(
                 f"step {step:05d}/{total_steps:05d} | loss {row['loss']:+.4f} | reward {row['reward']:.3f} ± "
                 f"{row['reward_std']:.3f} | {parts} | acc {row['acc@0.5']:.2f} | zero-std "
                 f"{row['frac_reward_zero_std']:.2f} | len {row['completions/mean_length']:.0f} | trunc "
                 f"{row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
-                f"{row['step_time']:.1f}s (gen {row['gen_time']:.1f}) | eta {eta / 60:.1f} min"
+                f"{step_time:.1f}s ({phases}) | mfu {row['mfu']:.2f} | eta {eta / 60:.1f} min"
             )
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
             save_checkpoint(

@@ -10,12 +10,14 @@ writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (res
 Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW
 5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is
 skipped and counted, never cut; the loss is the mean over all assistant tokens of the step, on all ranks.
-Shapes: B rows, L tokens (left to right: prompt with image, completion), V vocabulary.
+Sequences of a pass are packed into one row without padding (PackedRow); the loss runs where there is a label alone.
+Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocabulary.
 """
 
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -24,6 +26,10 @@ import re
 import shutil
 import subprocess
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +37,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image
-
-IGNORE_INDEX = -100
+from torch.utils.checkpoint import checkpoint
 
 
 def parse_args(argv=None):
@@ -51,6 +56,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--max_length", type=int, default=4096, help="tokens; a longer row is skipped and counted (paper cutoff: 4096)"
     )
+    p.add_argument("--num_workers", type=int, default=2, help="threads that read images ahead, per rank")
     # optimisation
     p.add_argument("--learning_rate", type=float, default=5e-6, help="peak (paper: 5e-6)")
     p.add_argument("--lr_scheduler", default="cosine", choices=["cosine", "linear", "constant"])
@@ -60,7 +66,9 @@ def parse_args(argv=None):
     p.add_argument("--num_epochs", type=float, default=1.0, help="passes over the data (paper: 1)")
     p.add_argument("--max_steps", type=int, help="stop after this many steps instead (default: from --num_epochs)")
     p.add_argument("--train_batch_size", type=int, default=16, help="sequences per step over all ranks (paper: 16)")
-    p.add_argument("--per_device_train_batch_size", type=int, default=2, help="sequences per forward pass (paper: 2)")
+    p.add_argument(
+        "--per_device_train_batch_size", type=int, default=2, help="sequences packed into a forward pass (paper: 2)"
+    )
     p.add_argument(
         "--freeze_vision",
         action=argparse.BooleanOptionalAction,
@@ -403,15 +411,33 @@ def prompt_ids(tokenizer, text, count):
     return tokenizer.encode(prompt.replace("<|image_pad|>", "<|image_pad|>" * count, 1), add_special_tokens=False)
 
 
+def rope_positions(ids, grid_thw, image_id, merge):
+    """M-RoPE positions (3, P) of a prompt with one image: its tokens count frame, row and column, text counts on."""
+    _, rows, columns = (int(n) for n in grid_thw)
+    rows, columns, start = rows // merge, columns // merge, ids.index(image_id)
+    end = start + rows * columns
+    positions = torch.arange(len(ids)).repeat(3, 1)
+    positions[0, start:end] = start
+    positions[1, start:end] = start + torch.arange(rows).repeat_interleave(columns)
+    positions[2, start:end] = start + torch.arange(columns).repeat(rows)
+    positions[:, end:] += max(rows, columns) - rows * columns
+    return positions
+
+
 def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image. Shapes: prompt_ids list of P ints, pixel_values (patches, 1176), image_grid_thw (1, 3)."""
-    image = load_image(image)
-    vision = image_processor(images=[image], return_tensors="pt")
-    count = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2
+    """Prompt with one image, read and resized once.
+
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    """
+    vision = image_processor(images=[load_image(image)], return_tensors="pt")
+    merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
+    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
-        "prompt_ids": prompt_ids(tokenizer, text, count),
+        "prompt_ids": ids,
+        "position_ids": positions,
         "pixel_values": vision["pixel_values"],
-        "image_grid_thw": vision["image_grid_thw"],
+        "image_grid_thw": grid_thw,
     }
 
 
@@ -451,9 +477,213 @@ def load_model(path, dtype, device):
 # <<< shared:load_model
 
 
+# >>> shared:packed (source)
+@dataclass
+class PackedRow:
+    """Prompts, each followed by its completions, end to end in one row of T tokens; no padding.
+
+    A token sees its prompt and its own completion up to itself and nothing else, and the positions of every completion
+    go on where the prompt ends: each completion is computed as if it stood alone behind its prompt, but the prompt
+    and its image go through the model once.
+    """
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (3, 1, T), M-RoPE
+    spans: list  # per prompt: (start, prompt tokens, [tokens of each completion])
+    at: torch.Tensor  # (N,), the position before each completion token
+    targets: torch.Tensor  # (N,), that token
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor
+    image_features: list | None  # per image (visual tokens, hidden), if computed before
+    causal: torch.Tensor  # (longest completion, longest prompt + it), see `completion_mask`
+    varlen: dict | None = None  # the same as sequences for the CUDA kernel
+
+
+def pack(items, device):
+    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...]."""
+    ids, positions, spans, at, targets = [], [], [], [], []
+    for inputs, completions in items:
+        prompt, start = inputs["prompt_ids"], len(ids)
+        lengths = [len(c) for c in completions]
+        if len(completions) == 1:  # a prompt with one completion is one plain causal sequence
+            spans.append((start, len(prompt) + lengths[0], []))
+        else:
+            spans.append((start, len(prompt), lengths))
+        ids += prompt
+        positions.append(inputs["position_ids"])
+        for completion in completions:
+            at += [start + len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+            targets += completion
+            ids += completion
+            after = int(inputs["position_ids"][0, -1]) + 1
+            positions.append(torch.arange(after, after + len(completion)).expand(3, -1))
+    features = [inputs.get("image_features") for inputs, _ in items]
+    features = None if any(f is None for f in features) else features
+    pixels = None if features else torch.cat([inputs["pixel_values"] for inputs, _ in items]).to(device)
+    longest_prompt = max(length for _, length, _ in spans)
+    longest = max((n for _, _, lengths in spans for n in lengths), default=0)
+    return PackedRow(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.cat(positions, 1)[:, None].to(device),
+        spans=spans,
+        at=torch.tensor(at, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+        pixel_values=pixels,
+        image_grid_thw=torch.cat([inputs["image_grid_thw"] for inputs, _ in items]).to(device),
+        image_features=features,
+        causal=torch.ones(longest, longest_prompt + longest, dtype=torch.bool, device=device).tril(longest_prompt),
+    )
+
+
+def attend_spans(query, key, value, scaling, row):
+    """Attention of a packed row, span by span. Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out, width = [], row.causal.shape[1] - row.causal.shape[0]
+    for start, length, completions in row.spans:
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        out.append(attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+        here = start + length
+        for n in completions:
+            q, own_k, own_v = (x[:, :, here : here + n] for x in (query, key, value))
+            mask = row.causal[:n, width - length : width + n]  # its prompt, and itself up to each token
+            keys, values = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
+            out.append(attend(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True))
+            here += n
+    return torch.cat([o.transpose(1, 2) for o in out], 1)
+
+
+def varlen_layout(row):
+    """What the CUDA kernel needs: every prompt and every completion is a sequence; a completion's keys are its prompt's
+    and its own. Shapes: keys (K,) positions in the row; cu_seq_q, cu_seq_k (sequences + 1,) int32.
+    """
+    device, keys, lengths_q, lengths_k = row.input_ids.device, [], [], []
+    for start, length, completions in row.spans:
+        here, prompt = start + length, list(range(start, start + length))
+        keys += prompt
+        lengths_q.append(length)
+        lengths_k.append(length)
+        for n in completions:
+            keys += prompt + list(range(here, here + n))
+            lengths_q.append(n)
+            lengths_k.append(length + n)
+            here += n
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (lengths_q, lengths_k))
+    return {"keys": torch.tensor(keys, device=device), "cu_seq_q": cu_q.to(device), "cu_seq_k": cu_k.to(device),
+            "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
+
+
+def attend_varlen(query, key, value, scaling, row):
+    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    row.varlen = layout = row.varlen or varlen_layout(row)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = k[layout["keys"]], v[layout["keys"]]
+    sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, row=None, cache=None, **kwargs):
+    """Attention function for transformers. With a PackedRow: within its spans; without: plain SDPA.
+
+    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D), None. `cache`: list that keeps key and value.
+    """
+    if row is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if cache is not None:
+        cache.append((key, value))
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+
+
+def embed_images(model, row):
+    """Output of the vision tower, one tensor (visual tokens, hidden) per image of the row."""
+    return model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True).pooler_output
+
+
+def hidden_states(model, row, cache=None):
+    """Last hidden states (T, hidden) of a packed row, under the model's own modules."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    text = model.config.get_text_config()
+    if text._attn_implementation != "packed":
+        AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        vision = model.config.vision_config._attn_implementation
+        model.set_attn_implementation({"text_config": "packed", "vision_config": vision})
+    features = row.image_features or embed_images(model, row)
+    return model.model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask={"full_attention": None},
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        use_cache=False,
+        row=row,
+        cache=cache,
+    ).last_hidden_state[0]
+
+
+def prefetch(function, items, workers, ahead):
+    """function(item) for every item, in order; threads compute up to `ahead` of them early, while the model works."""
+    with ThreadPoolExecutor(workers) as pool:
+        items, early = iter(items), deque()
+        for item in itertools.islice(items, ahead):
+            early.append(pool.submit(function, item))
+        while early:
+            result = early.popleft().result()
+            early.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+
+
+@contextmanager
+def timed(seconds, phase):
+    """Adds the wall time of the block to seconds[phase]; waits for the device at both ends."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+# <<< shared:packed
+
+
 # >>> shared:engine (source)
-def start_engine(model, args, accumulation_steps):
-    """DeepSpeed engine around the model. `ds_config.json` holds engine matters only; the flags fill in the rest."""
+class CompletionLogProbs(torch.nn.Module):
+    """The model as a trainer needs it: packed row in, fp32 log-probs (N,) of its completion tokens out.
+
+    `lm_head` runs on the N positions alone, in chunks of `chunk` logits that the backward pass computes again; the
+    log-probs are those of the sampler: at its temperature, without its `banned` ids.
+    """
+
+    def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
+        super().__init__()
+        self.model, self.banned, self.temperature, self.chunk = model, list(banned), temperature, chunk
+
+    def score(self, hidden, targets):
+        logits = self.model.lm_head(hidden).float()
+        if self.banned:
+            logits = logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), float("-inf"))
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def forward(self, row):
+        hidden = hidden_states(self.model, row)[row.at]
+        size = max(1, self.chunk // self.model.config.get_text_config().vocab_size)
+        if len(hidden) <= size:
+            return self.score(hidden, row.targets)
+        parts = zip(hidden.split(size), row.targets.split(size), strict=True)
+        return torch.cat([checkpoint(self.score, h, t, use_reentrant=False) for h, t in parts])
+
+
+def start_engine(scorer, args):
+    """DeepSpeed engine around a CompletionLogProbs. `ds_config.json` holds engine matters only; the flags the rest."""
     import deepspeed
 
     config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
@@ -472,13 +702,48 @@ def start_engine(model, args, accumulation_steps):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     config |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_accumulation_steps": 1,  # the loop says which backward pass is the last, see `backward`
         "gradient_clipping": args.max_grad_norm,
-        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "bf16": {"enabled": scorer.model.dtype == torch.bfloat16},
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
+
+
+def backward(engine, loss, last):
+    """Adds the gradients of `loss`, this rank's share of a sum over all ranks; `last` before the update."""
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)  # DeepSpeed averages over the ranks
+
+
+def train_flops(model, row):
+    """FLOPs of forward and backward over a packed row: 6 per trained weight and token, 12 per attended pair and width.
+
+    A frozen or already computed vision tower counts its forward pass or nothing; recomputation is not counted.
+    """
+    config, vision, patches = model.config.get_text_config(), model.model.visual, row.image_grid_thw.prod(1)
+    pairs = sum(n * n / 2 + sum(c * (n + c / 2) for c in completions) for _, n, completions in row.spans)
+    body = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    flops = 6 * (body * row.input_ids.numel() + config.vocab_size * config.hidden_size * len(row.at))
+    flops += 12 * config.num_hidden_layers * config.hidden_size * pairs
+    if row.image_features is None:
+        merger = sum(p.numel() for p in vision.merger.parameters())
+        blocks = sum(p.numel() for p in vision.parameters()) - merger
+        tower = (blocks + merger / vision.spatial_merge_size**2) * int(patches.sum())
+        tower += 2 * len(vision.blocks) * model.config.vision_config.embed_dim * int((patches**2).sum())
+        flops += tower * (6 if next(vision.parameters()).requires_grad else 2)
+    return flops
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product here and now: what `mfu` is a share of."""
+    n, seconds = 8192 if device.type == "cuda" else 1024, {}
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    for i in range(5):
+        with timed(seconds, i):
+            a @ a
+    return 2 * n**3 / min(seconds.values())
 
 
 def learning_rate_at(step, total_steps, args):
@@ -498,7 +763,9 @@ def export_model(engine, tokenizer, image_processor, folder):
     if engine.global_rank == 0:
         part = Path(f"{folder}.tmp")
         shutil.rmtree(part, ignore_errors=True)
-        engine.module.save_pretrained(part, state_dict=weights)
+        engine.module.model.save_pretrained(
+            part, state_dict={name.removeprefix("model."): w for name, w in weights.items()}
+        )
         tokenizer.save_pretrained(part)
         image_processor.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
@@ -564,56 +831,10 @@ def row_length(sample, tokenizer, image_processor, target):
 
 
 def encode_row(sample, tokenizer, image_processor, target):
-    """input_ids, labels and pixels of one row: loss on the assistant's tokens and the <|im_end|> that closes them."""
+    """What `pack` takes: the inputs of the prompt, and the assistant's tokens with the <|im_end|> that closes them."""
     question, completion = wanted(sample, target)
-    x = chat_inputs(tokenizer, image_processor, sample["image"], question)
-    completion_ids = tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)
-    prompt = x.pop("prompt_ids")
-    return x | {"input_ids": prompt + completion_ids, "labels": [IGNORE_INDEX] * len(prompt) + completion_ids}
-
-
-class Rows(torch.utils.data.Dataset):
-    """The rows this rank trains on, in the order in which it does."""
-
-    def __init__(self, samples, order, tokenizer, image_processor, args):
-        self.samples, self.order = samples, order
-        self.encode = lambda sample: encode_row(sample, tokenizer, image_processor, args.target)
-
-    def __len__(self):
-        return len(self.order)
-
-    def __getitem__(self, i):
-        return self.encode(self.samples[self.order[i]])
-
-
-def collate(rows, pad_id, image_id):
-    """Right-padded batch. Shapes: input_ids, attention_mask, mm_token_type_ids, labels (B, L) long."""
-    length = max(len(r["input_ids"]) for r in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), length), pad_id),
-        "labels": torch.full((len(rows), length), IGNORE_INDEX),
-    }
-    batch["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.long)
-    for i, r in enumerate(rows):
-        for key in ("input_ids", "labels"):
-            batch[key][i, : len(r[key])] = torch.tensor(r[key])
-        batch["attention_mask"][i, : len(r["input_ids"])] = 1
-    batch["mm_token_type_ids"] = (batch["input_ids"] == image_id).int()
-    batch |= {k: torch.cat([r[k] for r in rows]) for k in ("pixel_values", "image_grid_thw")}
-    return batch
-
-
-def token_loss(model, batch):
-    """Sum of the cross-entropy over the supervised tokens, fp32; `lm_head` runs only where some row has a label.
-
-    Shapes: logits (B, K, V) for the K positions kept; a label is predicted from the position before it.
-    """
-    labels = batch.pop("labels")
-    at = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-    logits = model(**batch, use_cache=False, logits_to_keep=at).logits.float()
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, at + 1].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    inputs = chat_inputs(tokenizer, image_processor, sample["image"], question)
+    return inputs, [tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)]
 
 
 def main():
@@ -629,7 +850,9 @@ def main():
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         same_config(
-            out, args, ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes")
+            out,
+            args,
+            ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes", "num_workers"),
         )
     per_pass = args.per_device_train_batch_size * world_size
     if args.train_batch_size % per_pass:
@@ -653,13 +876,14 @@ def main():
         model.model.visual.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = start_engine(model, args, accumulation_steps)
+    engine = start_engine(CompletionLogProbs(model), args)
     if rank == 0:
         derived = {
             "world_size": world_size,
             "accumulation_steps": accumulation_steps,
             "total_steps": total_steps,
             "rows": len(kept),
+            "matmul_flops": matmul_rate(device, model.dtype),
         }
         write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
     state = resume(engine, out)
@@ -677,29 +901,29 @@ def main():
         for s in range(first, total_steps)
         for i in range(s * n + rank, (s + 1) * n, world_size)
     ]
-    image_id, pad_id = tokenizer.convert_tokens_to_ids("<|image_pad|>"), tokenizer.pad_token_id
-    loader = torch.utils.data.DataLoader(
-        Rows(kept, order, tokenizer, image_processor, args),
-        batch_size=args.per_device_train_batch_size,
-        collate_fn=lambda rows: collate(rows, pad_id, image_id),
+    encoded = prefetch(
+        lambda i: encode_row(kept[i], tokenizer, image_processor, args.target), order, args.num_workers, 2 * n
     )
-    batches, since = iter(loader), time.time()
+    since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
     engine.train()
     for step in range(first + 1, total_steps + 1):
         rate = learning_rate_at(step, total_steps, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        micro_batches = [{k: v.to(device) for k, v in next(batches).items()} for _ in range(accumulation_steps)]
-        local = sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in micro_batches)
-        (tokens,) = all_sum([local], device)
+        with timed(seconds, "data"):
+            items = list(itertools.islice(encoded, n // world_size))
+            (tokens,) = all_sum([sum(len(ids) for _, [ids] in items)], device)
         total_loss = 0.0
-        for batch in micro_batches:
-            loss = token_loss(engine, batch)
-            total_loss += loss.item()
-            # DeepSpeed averages over ranks; times world_size makes it the mean over the tokens of the whole step
-            engine.backward(loss * world_size / tokens, scale_wrt_gas=False)
+        for i in range(accumulation_steps):
+            with timed(seconds, "train"):
+                row = pack(items[i::accumulation_steps], device)
+                loss = -engine(row).sum() / tokens  # all ranks together: the mean over the tokens of the whole step
+                total_loss += loss.item()
+                backward(engine, loss, last=i == accumulation_steps - 1)
+            row_tokens, flops = row_tokens + row.input_ids.numel(), flops + train_flops(model, row)
+        with timed(seconds, "optimizer"):
             engine.step()
-        total_loss = all_sum([total_loss], device)[0] / tokens
+        (total_loss,) = all_sum([total_loss], device)
         if not math.isfinite(total_loss):
             raise SystemExit(
                 f"step {step}: loss is {total_loss}; want a finite number; lower --learning_rate, resume from {out}"
@@ -715,14 +939,18 @@ def main():
                 "num_tokens": num_tokens,
                 "epoch": step * n / len(kept),
                 "step_time": elapsed / args.logging_steps,
+                **{f"time/{phase}": s / args.logging_steps for phase, s in seconds.items()},
+                "tokens_per_second": row_tokens / elapsed,
+                "mfu": flops / elapsed / derived["matmul_flops"],
             }
             append_row(out / "metrics.jsonl", row)
             eta = (total_steps - step) * (time.time() - start) / max(1, step - first)
             print0(
                 f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | "
-                f"lr {rate:.1e} | {row['step_time']:.2f}s | eta {eta / 60:.1f} min"
+                f"lr {rate:.1e} | {row['step_time']:.2f}s | {row['tokens_per_second']:.0f} tok/s/rank | "
+                f"mfu {row['mfu']:.2f} | eta {eta / 60:.1f} min"
             )
-            since = time.time()
+            since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit

@@ -296,10 +296,10 @@ def test_a_random_model_is_rejected_with_reasons(synth_dir, tiny_dir, tmp_path):
 def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir, tmp_path, monkeypatch):
     rows, asked = read(synth_dir / "samples.jsonl"), []
 
-    def rollout(model, tokenizer, prompts, seeds, *_):
-        asked.extend(s for (s,) in seeds)
+    def responses(model, tokenizer, prompts, seeds, *_):
+        asked.extend(seeds)
         out = []
-        for (seed,), prompt in zip(seeds, prompts, strict=True):
+        for seed, prompt in zip(seeds, prompts, strict=True):
             _, attempt, name = seed.split(":")
             row = next(r for r in rows if r["id"] == name)
             target, box = (
@@ -308,10 +308,10 @@ def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir,
             )
             assert f"The bounding box of {target} is {box}." in tokenizer.decode(prompt["prompt_ids"])
             text = FINE.replace("(12,20),(300,400)", box).replace("Lo", target) if attempt == "2" else "no"
-            out.append([(tokenizer.encode(text + "<|im_end|>"), None, True)])
+            out.append((tokenizer.encode(text + "<|im_end|>"), True))
         return out
 
-    monkeypatch.setattr(gen_cot, "rollout", rollout)
+    monkeypatch.setattr(gen_cot, "generate_responses", responses)
     argv = ["--samples", synth_dir / "samples.jsonl", "--out", tmp_path, "--teacher", "hf", "--teacher_model", tiny_dir]
     monkeypatch.setattr("sys.argv", ["gen_cot.py", *map(str, argv), "--batch_size", "5"])
     gen_cot.main()

@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 
+import plain
 import pytest
 import torch
 from conftest import run_script
@@ -129,34 +131,29 @@ def plain_loss(logps, old, ref, advantages, lengths, args):
 def test_loss_equals_a_plain_loop(loss_type, beta):
     torch.manual_seed(0)
     args, lengths = arguments(loss_type=loss_type, beta=beta, epsilon_high=0.28), [5, 2, 7, 1]
-    logps, old, ref = (-torch.rand(4, 7, dtype=torch.float64) * 2 for _ in range(3))
-    mask = torch.tensor([[t < n for t in range(7)] for n in lengths]).long()
+    logps, old, ref = (-torch.rand(sum(lengths), dtype=torch.float64) * 2 for _ in range(3))
     advantages = torch.tensor([1.2, -0.7, 0.4, -0.9], dtype=torch.float64)
-    loss, logged = g.grpo_loss(logps, old, ref if beta else None, advantages, mask, args, 4, sum(lengths))
-    assert loss.item() == pytest.approx(
-        plain_loss(logps.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths, args), abs=1e-12
-    )
+    weights = g.token_weights(lengths, args, 4, sum(lengths)).double()
+    spread = advantages.repeat_interleave(torch.tensor(lengths))
+    loss, logged = g.grpo_loss(logps, old, ref if beta else None, spread, weights, args)
+    nested = [[x.tolist() for x in values.split(lengths)] for values in (logps, old, ref)]
+    assert loss.item() == pytest.approx(plain_loss(*nested, advantages.tolist(), lengths, args), rel=1e-6)
     assert logged["clip"] > 0 and (logged["kl"] > 0) == (beta > 0)
 
 
-def test_positive_advantage_raises_the_log_prob_and_padding_gets_no_gradient():
-    logps = torch.zeros(2, 3, requires_grad=True)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    loss, _ = g.grpo_loss(logps, logps.detach(), None, torch.tensor([1.0, -1.0]), mask, arguments(), 2, 3)
+def test_positive_advantage_raises_the_log_prob():
+    logps = torch.zeros(3, requires_grad=True)
+    advantages = torch.tensor([1.0, 1.0, -1.0])
+    loss, _ = g.grpo_loss(logps, logps.detach(), None, advantages, torch.full((3,), 1 / 3), arguments())
     loss.backward()
-    assert (logps.grad[0, :2] < 0).all() and logps.grad[1, 0] > 0
-    assert (logps.grad[mask == 0] == 0).all()
+    assert (logps.grad[:2] < 0).all() and logps.grad[2] > 0
 
 
 def test_kl_is_zero_at_equality_and_never_negative():
-    logps = torch.randn(3, 5)
-    mask = torch.ones(3, 5)
-    zero = g.grpo_loss(logps, logps, logps, torch.zeros(3), mask, arguments(beta=1.0), 3, 15)
-    assert zero[0].item() == 0 and zero[1]["kl"] == 0
-    assert (
-        g.grpo_loss(logps, logps, logps + torch.randn(3, 5), torch.zeros(3), mask, arguments(beta=1.0), 3, 15)[1]["kl"]
-        > 0
-    )
+    logps, args, zeros, ones = torch.randn(15), arguments(beta=1.0), torch.zeros(15), torch.ones(15)
+    loss, logged = g.grpo_loss(logps, logps, logps, zeros, ones, args)
+    assert loss.item() == 0 and logged["kl"] == 0
+    assert g.grpo_loss(logps, logps, logps + torch.randn(15), zeros, ones, args)[1]["kl"] > 0
 
 
 # ---- rollout ----
@@ -179,13 +176,9 @@ def test_greedy_rollout_equals_generate(parts):
     banned = [[tokenizer.convert_tokens_to_ids(t)] for t in g.VISION_TOKENS]
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for p, [(ids, _, _)] in zip(prompts, ours, strict=True):
-        model.model.rope_deltas = None
-        x = torch.tensor([p["prompt_ids"]])
-        out = model.generate(input_ids=x, attention_mask=torch.ones_like(x), pixel_values=p["pixel_values"],
-                             image_grid_thw=p["image_grid_thw"], max_new_tokens=24, do_sample=False,
-                             mm_token_type_ids=(x == model.config.image_token_id).int(),
-                             bad_words_ids=banned, eos_token_id=ends)  # fmt: skip
-        assert out[0, x.shape[1] :].tolist() == ids
+        assert plain.generate(
+            model, p, max_new_tokens=24, do_sample=False, bad_words_ids=banned, eos_token_id=ends
+        ) == [ids]
 
 
 def test_a_completion_depends_on_its_seed_alone(parts):
@@ -227,13 +220,139 @@ def test_rollout_keeps_its_cache_in_train_mode_with_checkpointing(parts):
     assert [c[0][0] for c in got] == [c[0][0] for c in want]
 
 
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ragged_groups(parts, generations=3):
+    """Rollouts of all prompts: groups with prompts and completions of different length."""
+    model, tokenizer, _, samples, prompts = parts
+    args = arguments(temperature=0.7, max_completion_length=20, num_generations=generations)
+    groups = g.roll_out_step(model, tokenizer, samples, [dict(p) for p in prompts], 1, args, {})
+    for i, group in enumerate(groups):
+        for values in (group.completion_ids, group.old_logps):
+            values[:] = [x[: 20 - 5 * j - i] for j, x in enumerate(values)]
+    return groups, args
+
+
+def test_packed_row_equals_one_row_per_completion(parts):
+    """Log-probs to 1e-5 and all gradients, the vision tower's too, to 1e-4 relative: several groups in one row."""
+    model, tokenizer, _, _, _ = parts
+    groups, args = ragged_groups(parts)
+    assert len({len(ids) for group in groups for ids in group.completion_ids}) > 5, "want ragged completions"
+    banned = g.vision_ids(tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(len(ids), generator=generator) for group in groups for ids in group.completion_ids]
+    model.zero_grad()
+    want = []
+    for group in groups:
+        logps, _ = plain.completion_logps(model, tokenizer, group.inputs, group.completion_ids, 0.7, banned)
+        want += [row[: len(ids)] for row, ids in zip(logps, group.completion_ids, strict=True)]
+    (torch.cat(want) * torch.cat(weights)).sum().backward()
+    wanted = gradients(model)
+    for chunk in (2**26, 7 * len(tokenizer)):  # at once, and 7 positions at a time
+        model.zero_grad()
+        scorer = g.CompletionLogProbs(model, banned, 0.7, chunk)
+        logps = scorer(g.pack([(group.inputs, group.completion_ids) for group in groups], "cpu"))
+        assert (logps - torch.cat(want)).abs().max() < 1e-5
+        (logps * torch.cat(weights)).sum().backward()
+        ours = gradients(model)
+        assert ours.keys() == wanted.keys() and any("visual" in name for name in ours)
+        for name in wanted:
+            assert (ours[name] - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max() + 1e-9, name
+
+
+def test_packed_row_is_the_same_under_gradient_checkpointing(parts):
+    model, tokenizer, _, _, _ = parts
+    groups, _ = ragged_groups(parts)
+    row = g.pack([(group.inputs, group.completion_ids) for group in groups], "cpu")
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        model.zero_grad()
+        g.CompletionLogProbs(model, g.vision_ids(tokenizer))(row).sum().backward()
+        grads.append(gradients(model))
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6) for name in grads[0])
+
+
+def test_positions_of_the_prompt_are_the_models_own(parts):
+    model, _, _, _, prompts = parts
+    for p in prompts:
+        ids = torch.tensor([p["prompt_ids"]])
+        kinds = (ids == model.config.image_token_id).int()
+        want, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=p["image_grid_thw"])
+        assert torch.equal(p["position_ids"], want[:, 0])
+
+
+def test_the_layout_for_the_cuda_kernel_says_the_same(parts, monkeypatch):
+    """The kernel's contract, written out in PyTorch: sequences by offsets, causal from the lower right corner."""
+    import torch.nn.attention.varlen as varlen
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+        out = []
+        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            one = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            one = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True)
+            out.append(one[0].transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    groups, _ = ragged_groups(parts)
+    row = g.pack([(group.inputs, group.completion_ids) for group in groups], "cpu")
+    T, generator = row.input_ids.shape[1], torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, T, 8, generator=generator) for heads in (4, 2, 2))
+    want = g.attend_spans(q, k, v, 0.3, row)
+    assert (g.attend_varlen(q, k, v, 0.3, row) - want).abs().max() < 1e-5
+
+
+def test_image_and_prompt_go_through_the_model_once(parts):
+    """Patches seen by the vision tower and tokens seen by the decoder, counted: not one pass per completion."""
+    model, tokenizer, _, samples, prompts = parts
+    patches, tokens = [], []
+    hooks = [
+        model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0]))),
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, x, kw: tokens.append(kw["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+    ]
+    args = arguments(max_completion_length=4, num_generations=3)
+    all_patches, all_tokens = sum(len(p["pixel_values"]) for p in prompts), sum(len(p["prompt_ids"]) for p in prompts)
+    for frozen, vision_passes in ((False, 2), (True, 1)):
+        patches.clear(), tokens.clear()
+        model.model.visual.requires_grad_(not frozen)
+        groups = g.roll_out_step(model, tokenizer, samples, [dict(p) for p in prompts], 1, args, {})
+        g.CompletionLogProbs(model)(g.pack([(x.inputs, x.completion_ids) for x in groups], "cpu"))
+        completed = sum(len(ids) for x in groups for ids in x.completion_ids)
+        assert sum(patches) == vision_passes * all_patches, "one pass for the rollout, one with gradient if it trains"
+        assert tokens == [all_tokens, all_tokens + completed], "prefill, and one packed row"
+    model.model.visual.requires_grad_(True)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_trainer_log_probs_equal_the_samplers(parts):
-    model, tokenizer, image_processor, samples, _ = parts
-    args = arguments(temperature=0.7, max_completion_length=20)
-    for group in g.roll_out_step(model, tokenizer, image_processor, samples, 1, args):
-        logps, mask = g.completion_logps(model, tokenizer, group, args.temperature)
-        assert ((logps - g.padded(group.old_logps, logps)).abs() * mask).max() < 1e-5
-        assert mask.sum(1).tolist() == [len(ids) for ids in group.completion_ids]
+    model, tokenizer, _, _, _ = parts
+    groups, args = ragged_groups(parts)
+    scorer = g.CompletionLogProbs(model, g.vision_ids(tokenizer), args.temperature)
+    logps = scorer(g.pack([(group.inputs, group.completion_ids) for group in groups], "cpu"))
+    assert (logps - torch.cat([lp for group in groups for lp in group.old_logps])).abs().max() < 1e-5
+
+
+def test_groups_are_packed_up_to_the_budget_and_never_split(parts, monkeypatch):
+    monkeypatch.setattr(g.dist, "all_reduce", lambda *_, **__: None)
+    groups, _ = ragged_groups(parts)
+    sizes = sorted(group.num_tokens for group in groups)
+    for budget in (1, sizes[-1], sizes[0] + sizes[-1], sum(sizes)):
+        bins = g.micro_batches(groups, budget, "cpu")
+        assert sorted(x.num_tokens for b in bins for x in b) == sizes
+        assert all(sum(x.num_tokens for x in b) <= budget or len(b) == 1 for b in bins)
+    assert len(g.micro_batches(groups, sum(sizes), "cpu")) == 1 and g.micro_batches([], 9, "cpu") == [[]]
 
 
 def test_sampling_follows_the_distribution(parts):
@@ -261,10 +380,13 @@ def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
                       launcher=launcher, check=check)  # fmt: skip
 
 
+TIMES = re.compile("time|per_second|mfu")
+
+
 def rows(path):
     """Metrics without the times, which differ between runs."""
     return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if not TIMES.search(k)} for line in path.read_text().splitlines()
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -22,10 +23,13 @@ def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
                       launcher=launcher, check=check)  # fmt: skip
 
 
+TIMES = re.compile("time|per_second|mfu")
+
+
 def rows(path):
     """Metrics without the times, which differ between runs."""
     return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("_time")} for line in path.read_text().splitlines()
+        {k: v for k, v in json.loads(line).items() if not TIMES.search(k)} for line in path.read_text().splitlines()
     ]
 
 
@@ -48,44 +52,59 @@ def parts(tiny_dir, synth_dir):
     )
 
 
-def batch_of(parts, samples):
+def items_of(parts, samples):
     _, tokenizer, image_processor, _ = parts
-    rows = [t.encode_row(s, tokenizer, image_processor, "direct") for s in samples]
-    return t.collate(rows, tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    return [t.encode_row(s, tokenizer, image_processor, "direct") for s in samples]
 
 
-def test_loss_equals_a_plain_loop_over_assistant_tokens(parts):
+def test_packed_loss_equals_a_plain_loop_over_assistant_tokens(parts):
+    """Row by row through the model as transformers has it, the softmax in Python: no leak between packed rows."""
     model, tokenizer, _, samples = parts
-    batch = batch_of(parts, samples[:3])
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    logits, expected, counted = model(**inputs).logits.tolist(), 0.0, 0
-    for b in range(3):
-        for i in range(1, batch["labels"].shape[1]):
-            if batch["labels"][b, i] != t.IGNORE_INDEX:
-                z = logits[b][i - 1]
-                expected += math.log(sum(math.exp(v) for v in z)) - z[batch["labels"][b, i]]
-                counted += 1
-    assert counted == sum(len(tokenizer.encode(s["answer"], add_special_tokens=False)) + 1 for s in samples[:3])
-    assert t.token_loss(model, dict(batch)).item() == pytest.approx(expected, rel=1e-5)
+    items, expected = items_of(parts, samples[:3]), []
+    for inputs, [completion] in items:
+        ids = torch.tensor([inputs["prompt_ids"] + completion])
+        images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
+        logits = model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), **images).logits
+        logits = logits[0].tolist()
+        for i, target in enumerate(completion, len(inputs["prompt_ids"])):
+            expected.append(logits[i - 1][target] - math.log(sum(math.exp(v) for v in logits[i - 1])))
+    assert len(expected) == sum(len(tokenizer.encode(s["answer"], add_special_tokens=False)) + 1 for s in samples[:3])
+    assert t.CompletionLogProbs(model)(t.pack(items, "cpu")).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_gradient_is_the_same_for_one_batch_and_for_micro_batches(parts):
+def test_gradient_is_the_same_for_one_row_and_for_several(parts):
     model, _, _, samples = parts
-    grads = []
+    grads, items = [], items_of(parts, samples[:4])
     for size in (4, 2, 1):
         model.zero_grad()
         for i in range(0, 4, size):
-            t.token_loss(model, batch_of(parts, samples[i : i + size])).backward()
+            t.CompletionLogProbs(model)(t.pack(items[i : i + size], "cpu")).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(torch.allclose(g, grads[0], rtol=1e-4, atol=1e-4) for g in grads[1:])
+
+
+def test_prefetch_keeps_order_reads_ahead_and_passes_errors_on():
+    started = []
+
+    def square(i):
+        started.append(i)
+        if i == 7:
+            raise SystemExit("row 7 is broken")
+        return i * i
+
+    stream = t.prefetch(square, range(9), workers=2, ahead=4)
+    assert next(stream) == 0 and max(started) <= 4
+    assert [next(stream) for _ in range(6)] == [1, 4, 9, 16, 25, 36]
+    with pytest.raises(SystemExit, match="row 7"):
+        next(stream)
+    assert list(t.prefetch(square, range(3), workers=1, ahead=100)) == [0, 1, 4]
 
 
 def test_row_length_is_known_from_the_header(parts):
     _, tokenizer, image_processor, samples = parts
     for s in samples:
-        assert t.row_length(s, tokenizer, image_processor, "direct") == len(
-            t.encode_row(s, tokenizer, image_processor, "direct")["input_ids"]
-        )
+        inputs, [completion] = t.encode_row(s, tokenizer, image_processor, "direct")
+        assert t.row_length(s, tokenizer, image_processor, "direct") == len(inputs["prompt_ids"]) + len(completion)
 
 
 def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
