@@ -1033,7 +1033,7 @@ def prefill(model, prompts, seeds, max_completion_length, times):
         packed_kv, lengths = [], [length for _, length, _ in row.spans]
         hidden = hidden_states(model, row, packed_kv)
         ends = torch.tensor([start + length - 1 for start, length, _ in row.spans], device=device)
-        logits = linear(hidden[ends], model.lm_head).float().repeat_interleave(generations, 0)
+        logits = model.lm_head(hidden[ends]).float().repeat_interleave(generations, 0)
         prompt_kv = []
         while packed_kv:  # (1, KV, T, D) -> (B, KV, P, D)
             layer = [x[0].transpose(0, 1).split(lengths) for x in packed_kv.pop(0)]
