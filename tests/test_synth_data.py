@@ -151,6 +151,55 @@ def test_images_of_the_benchmark_are_excluded_even_scaled_and_compressed(tmp_pat
     assert missing.returncode != 0 and "no such folder or .parquet" in missing.stderr
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 7), (333, 222)])
+def test_a_photo_png_holds_exactly_the_pixels(size, tmp_path):
+    for kind in ("white", "noise", "gradient"):
+        image = s.background_of(kind, size, random.Random(0))
+        s.save_photo_png(image, tmp_path / "photo.png")
+        with Image.open(tmp_path / "photo.png") as back:
+            assert back.mode == "RGB" and back.size == size and back.tobytes() == image.tobytes()
+
+
+def test_photos_give_the_same_bytes_for_any_number_of_workers_and_the_pixels_of_compose(tmp_path):
+    source, boxes = tmp_path / "source", []
+    for n in range(8):
+        name = f"cat/{'abcd'[n % 4]}/{n}.jpg"
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(n).convert("L" if n == 3 else "RGB").save(source / name, quality=90)
+        boxes.append({"image": name, "bbox_px": [0, 0, 200, 150]})
+    (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
+    for workers in (1, 3):
+        done = synth(source, tmp_path / str(workers), "--num_workers", workers)
+        assert done.returncode == 0, done.stderr
+    for row in read(tmp_path / "1"):
+        name = row["images"][0]
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+        want = Image.new("RGB", (row["width"], row["height"]), (255, 255, 255))
+        for e in row["entities"]:
+            x1, y1, x2, y2 = map(round, e["bbox_px"])  # the whole photo
+            tile = Image.open(source / e["source"]).convert("RGB").resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
+            want.paste(tile, (x1, y1))
+        assert Image.open(tmp_path / "1" / name).tobytes() == want.tobytes()
+    assert (tmp_path / "1" / "samples.jsonl").read_bytes() == (tmp_path / "3" / "samples.jsonl").read_bytes()
+
+
+def test_drawings_are_written_by_pillow(synth_dir, tmp_path):
+    """The toy world's published results hang on these bytes: they must not change with the way photos are written."""
+    for path in (synth_dir / "images").iterdir():
+        Image.open(path).save(tmp_path / "again.png", compress_level=1)
+        assert path.read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+@pytest.mark.parametrize("mode, suffix, want", [
+    ("RGB", "jpg", "RGB"), ("L", "jpg", "RGB"), ("CMYK", "jpg", "RGB"), ("RGB", "png", "RGB"), ("RGBA", "png", "RGBA"),
+    ("LA", "png", "RGBA"), ("P", "png", "RGB"), ("L", "png", "RGB"),
+])  # fmt: skip
+def test_a_source_of_any_mode_loads_as_convert_would_give_it(mode, suffix, want, tmp_path):
+    photo(0).convert(mode).save(tmp_path / f"a.{suffix}")
+    image = s.load_image(s.Source(str(tmp_path / f"a.{suffix}"), "a", "a", "a", (0, 0, 200, 150)))
+    assert image.mode == want and image.tobytes() == Image.open(tmp_path / f"a.{suffix}").convert(want).tobytes()
+
+
 @pytest.fixture
 def small_source(tmp_path):
     """Two entities of one category with four images each."""
