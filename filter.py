@@ -668,7 +668,7 @@ class DecodeState:
     """
 
     prompt_kv: list  # per layer keys and values (B, KV, P, D) of the prompts, read by all their rows
-    own_kv: list  # per layer keys and values (R, KV, C, D) of the completions
+    own_kv: list  # per layer keys and values (R, KV, W, D) of the completions; W grows with them
     prompt_bias: torch.Tensor  # (B, 1, 1, P), -inf where a prompt has ended
     position: torch.Tensor  # (R,), of the next token
     logits: torch.Tensor  # (R, V) fp32, of the next token
@@ -715,7 +715,7 @@ def prefill(model, prompts, seeds, max_completion_length, times):
         draws = np.stack([uniforms(seed, C) for group in seeds for seed in group])
         return DecodeState(
             prompt_kv=prompt_kv,
-            own_kv=[[k.new_zeros(rows, k.shape[1], C, k.shape[3]) for _ in range(2)] for _ in prompt_kv],
+            own_kv=[[k.new_zeros(rows, k.shape[1], 0, k.shape[3]) for _ in range(2)] for _ in prompt_kv],
             prompt_bias=k.new_zeros(ended.shape).masked_fill(ended, float("-inf"))[:, None, None],
             position=after.repeat_interleave(generations),
             logits=logits,
@@ -738,8 +738,8 @@ def sample_step(state, stop, banned, temperature):
     state.done |= (token[:, None] == stop).any(-1)
 
 
-def forward_step(model, state, width):
-    """One token of every row through the model, into state.logits; `width` > step completion tokens are read.
+def forward_step(model, state):
+    """One token of every row through the model, into state.logits.
 
     The prompt's keys are read once for all rows of the prompt. Softmax runs over prompt and completion together, so
     that this is plain attention.
@@ -747,10 +747,9 @@ def forward_step(model, state, width):
     text = model.model.language_model
     angles = state.position[:, None].float() * text.rotary_emb.inv_freq.float()
     cos, sin = (torch.cat([a, a], -1)[:, None].to(model.dtype) for a in (angles.cos(), angles.sin()))  # (R, 1, D)
-    future = torch.arange(width, device=state.step.device) > state.step
-    own_bias = torch.zeros(width, dtype=model.dtype, device=future.device).masked_fill(future, float("-inf"))
-    (B, KV, P, D), R = state.prompt_kv[0][0].shape, len(state.token)
-    G = R // B
+    (B, KV, P, D), (R, _, W, _) = state.prompt_kv[0][0].shape, state.own_kv[0][0].shape
+    G, future = R // B, torch.arange(W, device=state.step.device) > state.step
+    own_bias = torch.zeros(W, dtype=model.dtype, device=future.device).masked_fill(future, float("-inf"))
 
     def rotate(x):  # (R, heads, D)
         left, right = x.chunk(2, -1)
@@ -765,12 +764,12 @@ def forward_step(model, state, width):
         q = (rotate(q) * attention.scaling).view(B, G, KV, -1, D)
         n = q.shape[3]  # query heads per key head
         to_prompt = q.transpose(1, 2).reshape(B, KV, G * n, D) @ prompt_k.transpose(2, 3) + state.prompt_bias
-        to_own = q.reshape(R, KV, n, D) @ own_k[:, :, :width].transpose(2, 3) + own_bias
-        to_own = to_own.view(B, G, KV, n, width).transpose(1, 2).reshape(B, KV, G * n, width)
+        to_own = q.reshape(R, KV, n, D) @ own_k.transpose(2, 3) + own_bias
+        to_own = to_own.view(B, G, KV, n, W).transpose(1, 2).reshape(B, KV, G * n, W)
         weights = torch.cat([to_prompt, to_own], -1).float().softmax(-1).to(x.dtype)
         from_prompt = (weights[..., :P] @ prompt_v).view(B, KV, G, n, D).transpose(1, 2)
-        weights = weights[..., P:].view(B, KV, G, n, width).transpose(1, 2).reshape(R, KV, n, width)
-        from_own = weights @ own_v[:, :, :width]
+        weights = weights[..., P:].view(B, KV, G, n, W).transpose(1, 2).reshape(R, KV, n, W)
+        from_own = weights @ own_v
         x = x + linear(from_prompt.reshape(R, -1) + from_own.reshape(R, -1), attention.o_proj)
         h, mlp = rms_norm(x, layer.post_attention_layernorm), layer.mlp
         x = x + linear(torch.nn.functional.silu(linear(h, mlp.gate_proj)) * linear(h, mlp.up_proj), mlp.down_proj)
@@ -782,7 +781,7 @@ def drop_finished(state):
     """The state without groups that are done, and with as many rows per group as the fullest still needs."""
     unfinished = ~state.done.view(len(state.prompt_bias), -1)
     groups, generations = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
-    if len(groups) * generations > 0.8 * unfinished.numel():
+    if len(groups) * generations > 0.9 * unfinished.numel():
         return state
     first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :generations]
     keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
@@ -790,6 +789,12 @@ def drop_finished(state):
     own_kv = [[x[keep] for x in layer] for layer in state.own_kv]
     prompt_kv = [[x[groups] for x in layer] for layer in state.prompt_kv]
     return replace(state, prompt_kv=prompt_kv, own_kv=own_kv, prompt_bias=state.prompt_bias[groups], **by_row)
+
+
+def widen(state, width):
+    """The state with room for `width` tokens per completion. What is read at every token stays in one piece."""
+    pad = torch.nn.functional.pad
+    return replace(state, own_kv=[[pad(x, (0, 0, 0, width - x.shape[2])) for x in layer] for layer in state.own_kv])
 
 
 @contextmanager
@@ -811,33 +816,33 @@ def decode(model, state, stop, banned, temperature):
     On CUDA a step is one captured graph, the host looks at `done` every 16 tokens only, and rows stay where they are:
     reading the weights is what a step costs there. On CPU finished rows are left behind.
     """
-    C, cuda, graphs = state.tokens.shape[1], state.tokens.is_cuda, {}
-    stride = 256 if cuda else 16  # attention reads the completions in these steps of width
+    C, cuda, graph = state.tokens.shape[1], state.tokens.is_cuda, None
+    stride = 256 if cuda else 32
 
-    def advance(width):
-        forward_step(model, state, width)
+    def advance():
+        forward_step(model, state)
         state.step += 1
         sample_step(state, stop, banned, temperature)
 
     sample_step(state, stop, banned, temperature)
-    # the key and value of token t are written at t by the step that samples token t + 1
-    for t in range(C - 1):
+    for t in range(C - 1):  # token t goes in, its key and value are kept at t, and token t + 1 comes out
         if (not cuda or t % 16 == 15) and bool(state.done.all()):
             break
-        if not cuda and t % 16 == 15:
+        if not cuda and t % 8 == 7:
             state = drop_finished(state)
-        width = min(C, (t // stride + 1) * stride)
-        if not cuda:
-            advance(width)
-        elif width in graphs:
-            graphs[width].replay()
-        else:
-            advance(width)  # this token eagerly, as a warm-up; the graph from the next one on
+        if t % stride == 0:
+            state, graph = widen(state, min(C, t + stride)), None
+            advance()  # eagerly: on CUDA the warm-up that a capture needs
+        elif not cuda:
+            advance()
+        elif graph is None:
             torch.cuda.synchronize()
-            graphs[width] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[width]):
-                advance(width)
-    return state
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                advance()
+            graph.replay()  # capturing runs nothing
+        else:
+            graph.replay()
 
 
 @torch.no_grad()
@@ -855,7 +860,7 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     for i in range(0, len(prompts), chunk):
         state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
         with timed(times, "decode"), whole_weights(model):
-            state = decode(model, state, stop, banned, temperature)
+            decode(model, state, stop, banned, temperature)
         finished = torch.isin(state.tokens, stop).any(-1).tolist()
         ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
         logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]

@@ -66,9 +66,7 @@ def parse_args(argv=None):
     p.add_argument("--num_epochs", type=float, default=1.0, help="passes over the data (paper: 1)")
     p.add_argument("--max_steps", type=int, help="stop after this many steps instead (default: from --num_epochs)")
     p.add_argument("--train_batch_size", type=int, default=16, help="sequences per step over all ranks (paper: 16)")
-    p.add_argument(
-        "--per_device_train_batch_size", type=int, default=2, help="sequences packed into a forward pass (paper: 2)"
-    )
+    p.add_argument("--tokens_per_row", type=int, default=4096, help="sequences are packed up to it into a forward pass")
     p.add_argument(
         "--freeze_vision",
         action=argparse.BooleanOptionalAction,
@@ -711,6 +709,25 @@ def start_engine(scorer, args):
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
 
 
+def fill_rows(lengths, budget, device):
+    """Indices packed first-fit, longest first, into rows of at most `budget` tokens; at least one index per row.
+
+    Every rank gets equally many rows, empty ones behind, because every rank must take part in every reduction of
+    gradients.
+    """
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fit = next((r for r, left in enumerate(room) if lengths[i] <= left), len(rows))
+        if fit == len(rows):
+            rows.append([])
+            room.append(budget)
+        rows[fit].append(i)
+        room[fit] -= lengths[i]
+    most = torch.tensor(max(1, len(rows)), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return rows + [[]] * (int(most) - len(rows))
+
+
 def backward(engine, loss, last):
     """Adds the gradients of `loss`, this rank's share of a sum over all ranks; `last` before the update."""
     engine.set_gradient_accumulation_boundary(last)
@@ -854,12 +871,10 @@ def main():
             args,
             ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes", "num_workers"),
         )
-    per_pass = args.per_device_train_batch_size * world_size
-    if args.train_batch_size % per_pass:
+    if args.train_batch_size % world_size:
         raise SystemExit(
-            f"--train_batch_size {args.train_batch_size}: want a multiple of {per_pass} (per device x ranks)"
+            f"--train_batch_size {args.train_batch_size}: not a multiple of {world_size} ranks; change one of them"
         )
-    accumulation_steps = args.train_batch_size // per_pass
     torch.manual_seed(args.seed)
 
     tokenizer, image_processor = load_processors(args.model, args.max_pixels)
@@ -880,7 +895,6 @@ def main():
     if rank == 0:
         derived = {
             "world_size": world_size,
-            "accumulation_steps": accumulation_steps,
             "total_steps": total_steps,
             "rows": len(kept),
             "matmul_flops": matmul_rate(device, model.dtype),
@@ -913,13 +927,15 @@ def main():
         with timed(seconds, "data"):
             items = list(itertools.islice(encoded, n // world_size))
             (tokens,) = all_sum([sum(len(ids) for _, [ids] in items)], device)
+            filled = fill_rows([len(x["prompt_ids"]) + len(ids) for x, [ids] in items], args.tokens_per_row, device)
         total_loss = 0.0
-        for i in range(accumulation_steps):
+        for i, members in enumerate(filled):
             with timed(seconds, "train"):
-                row = pack(items[i::accumulation_steps], device)
-                loss = -engine(row).sum() / tokens  # all ranks together: the mean over the tokens of the whole step
+                row = pack([items[m] for m in members or [0]], device)
+                # all ranks together: the mean over the tokens of the whole step; a row too many counts nothing
+                loss = -engine(row).sum() / tokens * bool(members)
                 total_loss += loss.item()
-                backward(engine, loss, last=i == accumulation_steps - 1)
+                backward(engine, loss, last=i == len(filled) - 1)
             row_tokens, flops = row_tokens + row.input_ids.numel(), flops + train_flops(model, row)
         with timed(seconds, "optimizer"):
             engine.step()

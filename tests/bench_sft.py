@@ -91,7 +91,7 @@ def compare_trainers(args, folder, result):
         out = folder / f"run{turn}"
         flags = ["--model", folder / "model", "--data", folder / "samples.jsonl", "--output_dir", out]
         flags += ["--max_steps", 2 * epoch, "--save_steps", 0]
-        flags += ["--train_batch_size", size, "--per_device_train_batch_size", size]
+        flags += ["--train_batch_size", size]
         command = [sys.executable, ROOT / "train_sft.py", *flags]
         subprocess.run(list(map(str, command)), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][epoch:]

@@ -344,15 +344,14 @@ def test_trainer_log_probs_equal_the_samplers(parts):
     assert (logps - torch.cat([lp for group in groups for lp in group.old_logps])).abs().max() < 1e-5
 
 
-def test_groups_are_packed_up_to_the_budget_and_never_split(parts, monkeypatch):
+def test_rows_are_filled_up_to_the_budget(monkeypatch):
     monkeypatch.setattr(g.dist, "all_reduce", lambda *_, **__: None)
-    groups, _ = ragged_groups(parts)
-    sizes = sorted(group.num_tokens for group in groups)
-    for budget in (1, sizes[-1], sizes[0] + sizes[-1], sum(sizes)):
-        bins = g.micro_batches(groups, budget, "cpu")
-        assert sorted(x.num_tokens for b in bins for x in b) == sizes
-        assert all(sum(x.num_tokens for x in b) <= budget or len(b) == 1 for b in bins)
-    assert len(g.micro_batches(groups, sum(sizes), "cpu")) == 1 and g.micro_batches([], 9, "cpu") == [[]]
+    lengths = [30, 70, 50, 20, 90, 40]
+    for budget, count in ((1, 6), (90, 4), (100, 3), (300, 1)):
+        rows = g.fill_rows(lengths, budget, "cpu")
+        assert sorted(i for row in rows for i in row) == list(range(6)) and len(rows) == count
+        assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
+    assert g.fill_rows([], 9, "cpu") == [[]]
 
 
 def test_sampling_follows_the_distribution(parts):

@@ -18,7 +18,7 @@ import train_sft as t
 
 def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
     return run_script("train_sft.py", "--model", model, "--data", data, "--output_dir", out, "--target", "direct",
-                      "--max_steps", 4, "--train_batch_size", 4, "--per_device_train_batch_size", 2,
+                      "--max_steps", 4, "--train_batch_size", 4, "--tokens_per_row", 200,
                       "--learning_rate", 1e-3, "--save_steps", 2, *flags,
                       launcher=launcher, check=check)  # fmt: skip
 
