@@ -18,6 +18,7 @@ reused.
 
 import argparse
 import base64
+import gc
 import hashlib
 import html
 import io
@@ -34,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -390,6 +392,7 @@ def chat_inputs(tokenizer, image_processor, image, text):
 # >>> shared:load_model (copy of train_sft.py)
 def check_model(path):
     """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    gc.disable()  # until load_model: what imports leave behind stays, and would be scanned again and again
     from transformers import AutoConfig
 
     try:
@@ -412,9 +415,12 @@ def load_model(path, dtype, device):
     attention = (
         "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     )
-    return AutoModelForImageTextToText.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=attention
-    ).to(device)
+    )
+    gc.freeze()
+    gc.enable()
+    return model.to(device)
 
 
 # <<< shared:load_model
@@ -480,18 +486,17 @@ def pack(items, device):
 
 def attend_spans(query, key, value, scaling, row):
     """Attention of a packed row, span by span. Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    sizes = [n for _, length, completions in row.spans for n in (length, *completions)]
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)  # whose gradient is one concatenation
     out, width = [], row.causal.shape[1] - row.causal.shape[0]
-    for start, length, completions in row.spans:
-        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
-        out.append(attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-        here = start + length
+    for _, length, completions in row.spans:
+        q, k, v = next(parts)
+        out.append(attend(q, k, v, is_causal=True))
         for n in completions:
-            q, own_k, own_v = (x[:, :, here : here + n] for x in (query, key, value))
+            q, own_k, own_v = next(parts)
             mask = row.causal[:n, width - length : width + n]  # its prompt, and itself up to each token
-            keys, values = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
-            out.append(attend(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True))
-            here += n
+            out.append(attend(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), attn_mask=mask))
     return torch.cat([o.transpose(1, 2) for o in out], 1)
 
 

@@ -13,11 +13,15 @@ Paper defaults (arXiv 2503.12797 and its released trainer): 16 prompts a step, G
 new tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is
 0 (0.04 there), so that no reference model is needed; both halves of the format reward can be paid; a box counts only in
 the strict grammar below; the sampled ids are the trained ids, scored with the sampler's temperature and banned tokens.
-Shapes: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary.
+Nothing is computed twice: a prompt and its image go through the model once in the rollout and once in the loss, however
+many completions they have (PackedRow); groups without an advantage are not trained on.
+Shapes: B prompts, G completions per prompt, R = B x G rows of the rollout, P prompt tokens, C completion tokens,
+T tokens of a packed row, N completion tokens in it, V vocabulary.
 """
 
 import argparse
 import copy
+import gc
 import hashlib
 import io
 import itertools
@@ -34,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -499,6 +503,7 @@ def chat_inputs(tokenizer, image_processor, image, text):
 # >>> shared:load_model (copy of train_sft.py)
 def check_model(path):
     """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    gc.disable()  # until load_model: what imports leave behind stays, and would be scanned again and again
     from transformers import AutoConfig
 
     try:
@@ -521,9 +526,12 @@ def load_model(path, dtype, device):
     attention = (
         "flash_attention_2" if device.type == "cuda" and dtype == "bfloat16" and is_flash_attn_2_available() else "sdpa"
     )
-    return AutoModelForImageTextToText.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=attention
-    ).to(device)
+    )
+    gc.freeze()
+    gc.enable()
+    return model.to(device)
 
 
 # <<< shared:load_model
@@ -589,18 +597,17 @@ def pack(items, device):
 
 def attend_spans(query, key, value, scaling, row):
     """Attention of a packed row, span by span. Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
-    attend = torch.nn.functional.scaled_dot_product_attention
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    sizes = [n for _, length, completions in row.spans for n in (length, *completions)]
+    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)  # whose gradient is one concatenation
     out, width = [], row.causal.shape[1] - row.causal.shape[0]
-    for start, length, completions in row.spans:
-        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
-        out.append(attend(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-        here = start + length
+    for _, length, completions in row.spans:
+        q, k, v = next(parts)
+        out.append(attend(q, k, v, is_causal=True))
         for n in completions:
-            q, own_k, own_v = (x[:, :, here : here + n] for x in (query, key, value))
+            q, own_k, own_v = next(parts)
             mask = row.causal[:n, width - length : width + n]  # its prompt, and itself up to each token
-            keys, values = torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
-            out.append(attend(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True))
-            here += n
+            out.append(attend(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), attn_mask=mask))
     return torch.cat([o.transpose(1, 2) for o in out], 1)
 
 
@@ -1274,6 +1281,14 @@ def token_weights(lengths, args, num_sequences, num_tokens):
     return torch.tensor(per_sequence).repeat_interleave(torch.tensor(lengths))
 
 
+def row_values(groups, args, num_sequences, num_tokens):
+    """Sampler's log-probs, advantages and weights of the completion tokens of a row: three tensors (N,)."""
+    lengths = [len(ids) for g in groups for ids in g.completion_ids]
+    advantages = torch.tensor([a for g in groups for a in g.advantages]).repeat_interleave(torch.tensor(lengths))
+    sampled = torch.cat([logps for g in groups for logps in g.old_logps])
+    return sampled, advantages, token_weights(lengths, args, num_sequences, num_tokens)
+
+
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
     """Share of these tokens in the loss of the step, and what is logged of them: sums over the tokens.
 
@@ -1427,9 +1442,9 @@ def main():
     for step in range(first + 1, total_steps + 1):
         began, times = time.time(), {}
         with timed(times, "data"):
-            here = [list(itertools.islice(x, B // world_size)) for x in (drawn, inputs)]
+            batch, prompts = (list(itertools.islice(x, B // world_size)) for x in (drawn, inputs))
         # GRPO 2-4: completions, rewards, advantages
-        groups = roll_out_step(model, tokenizer, *here, step, args, times)
+        groups = roll_out_step(model, tokenizer, batch, prompts, step, args, times)
         metrics, step_sequences, step_tokens = step_metrics(groups, device)
         num_tokens += step_tokens
         # a group whose completions are all equally good has no gradient, unless the KL gives it one
@@ -1445,22 +1460,17 @@ def main():
                 param_group["lr"] = rate
             for i, members in enumerate(filled):
                 with timed(times, "train"):
-                    groups_here = [taught[m] for m in members] or [stand_in(groups[0])]
-                    row = pack([(g.inputs, g.completion_ids) for g in groups_here], device)
+                    here = [taught[m] for m in members] or [stand_in(groups[0])]
+                    row = pack([(g.inputs, g.completion_ids) for g in here], device)
+                    values = row_values(here, args, step_sequences, step_tokens)
+                    sampled, advantages, weights = (x.to(device) for x in values)
                     logps = engine(row)
-                    sampled = torch.cat([lp for g in groups_here for lp in g.old_logps]).to(device)
+                    with torch.no_grad():
+                        ref_logps = reference(row) if reference is not None else None
                     # with one update per rollout the old log-probs are these: the ratio is exactly 1
                     old_logps = sampled if args.num_iterations > 1 else logps.detach()
-                    ref_logps = None
-                    if reference is not None:
-                        with torch.no_grad():
-                            ref_logps = reference(row)
-                    lengths = [len(ids) for g in groups_here for ids in g.completion_ids]
-                    advantages = torch.tensor([a for g in groups_here for a in g.advantages])
-                    advantages = advantages.repeat_interleave(torch.tensor(lengths)).to(device)
-                    weights = token_weights(lengths, args, step_sequences, step_tokens).to(device) * bool(members)
                     # GRPO 5: this row's share of the loss of the whole step
-                    loss, logged = grpo_loss(logps, old_logps, ref_logps, advantages, weights, args)
+                    loss, logged = grpo_loss(logps, old_logps, ref_logps, advantages, weights * bool(members), args)
                     backward(engine, loss, last=i == len(filled) - 1)
                     sums["loss"] += loss.item() / args.num_iterations
                     sums["row_tokens"] += row.input_ids.numel()
@@ -1469,7 +1479,7 @@ def main():
                         sums["kl"] += logged["kl"] / args.num_iterations
                         sums["clip"] += logged["clip"] / args.num_iterations
                         sums["drift"] += (logps.detach() - sampled).abs().sum().item() * (iteration == 0)
-                        sums["tokens"] += len(logps) * (iteration == 0)
+                        sums["tokens"] += len(logps) / args.num_iterations
             with timed(times, "optimizer"):
                 engine.step()  # GRPO 6: the update
         step_time = time.time() - began
