@@ -406,7 +406,10 @@ def check_model(path):
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL with flash-attn 2 where CUDA has it, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    """Qwen2-VL; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA; its decoder: `hidden_states`.
+
+    dtype auto: bfloat16 on CUDA, float32 on CPU.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
@@ -444,12 +447,15 @@ class PackedRow:
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor
     image_features: list | None  # per image (visual tokens, hidden), if computed before
-    causal: torch.Tensor  # (longest completion, longest prompt + it), see `completion_mask`
+    causal: torch.Tensor  # (longest completion, longest prompt + it), True where a completion token may look
     varlen: dict | None = None  # the same as sequences for the CUDA kernel
 
 
-def pack(items, device):
-    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...]."""
+def pack(items, device, image_features=None):
+    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...].
+
+    `image_features`: one tensor per item where the vision tower need not run again.
+    """
     ids, positions, spans, at, targets = [], [], [], [], []
     for inputs, completions in items:
         prompt, start = inputs["prompt_ids"], len(ids)
@@ -466,9 +472,6 @@ def pack(items, device):
             ids += completion
             after = int(inputs["position_ids"][0, -1]) + 1
             positions.append(torch.arange(after, after + len(completion)).expand(3, -1))
-    features = [inputs.get("image_features") for inputs, _ in items]
-    features = None if any(f is None for f in features) else features
-    pixels = None if features else torch.cat([inputs["pixel_values"] for inputs, _ in items]).to(device)
     longest_prompt = max(length for _, length, _ in spans)
     longest = max((n for _, _, lengths in spans for n in lengths), default=0)
     return PackedRow(
@@ -477,9 +480,9 @@ def pack(items, device):
         spans=spans,
         at=torch.tensor(at, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
-        pixel_values=pixels,
-        image_grid_thw=torch.cat([inputs["image_grid_thw"] for inputs, _ in items]).to(device),
-        image_features=features,
+        pixel_values=None if image_features else torch.cat([x["pixel_values"] for x, _ in items]).to(device),
+        image_grid_thw=torch.cat([x["image_grid_thw"] for x, _ in items]).to(device),
+        image_features=image_features,
         causal=torch.ones(longest, longest_prompt + longest, dtype=torch.bool, device=device).tril(longest_prompt),
     )
 
@@ -729,7 +732,7 @@ def prefill(model, prompts, seeds, max_completion_length, times):
     device, generations = model.device, len(seeds[0])
     with timed(times, "vision"):
         row = pack([(p, []) for p in prompts], device)
-        row.image_features = row.image_features or embed_images(model, row)
+        row.image_features = embed_images(model, row)
         for p, features in zip(prompts, row.image_features, strict=True):
             p["image_features"] = features
     with timed(times, "prefill"):
@@ -779,7 +782,8 @@ def forward_step(model, state):
     """
     text = model.model.language_model
     angles = state.position[:, None].float() * text.rotary_emb.inv_freq.float()
-    cos, sin = (torch.cat([a, a], -1)[:, None].to(model.dtype) for a in (angles.cos(), angles.sin()))  # (R, 1, D)
+    cos, sin = (a * text.rotary_emb.attention_scaling for a in (angles.cos(), angles.sin()))
+    cos, sin = (torch.cat([a, a], -1)[:, None].to(model.dtype) for a in (cos, sin))  # (R, 1, D)
     (B, KV, P, D), (R, _, W, _) = state.prompt_kv[0][0].shape, state.own_kv[0][0].shape
     G, future = R // B, torch.arange(W, device=state.step.device) > state.step
     own_bias = torch.zeros(W, dtype=model.dtype, device=future.device).masked_fill(future, float("-inf"))
@@ -843,14 +847,22 @@ def whole_weights(model):
         yield
 
 
-def decode(model, state, stop, banned, temperature):
+def capture(advance):
+    """`advance` as a CUDA graph: returns its replay. Capturing runs nothing."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+    return graph.replay
+
+
+def decode(model, state, stop, banned, temperature, graphs):
     """Fills state.tokens and state.logps until every row has stopped or is full.
 
-    On CUDA a step is one captured graph, the host looks at `done` every 16 tokens only, and rows stay where they are:
-    reading the weights is what a step costs there. On CPU finished rows are left behind.
+    With `graphs` (CUDA) a step is one captured graph, the host looks at `done` every 16 tokens only, and rows stay
+    where they are: reading the weights is what a step costs there. Without, finished rows are left behind.
     """
-    C, cuda, graph = state.tokens.shape[1], state.tokens.is_cuda, None
-    stride = 256 if cuda else 32
+    C, replay, stride = state.tokens.shape[1], None, 256 if graphs else 32
 
     def advance():
         forward_step(model, state)
@@ -859,23 +871,18 @@ def decode(model, state, stop, banned, temperature):
 
     sample_step(state, stop, banned, temperature)
     for t in range(C - 1):  # token t goes in, its key and value are kept at t, and token t + 1 comes out
-        if (not cuda or t % 16 == 15) and bool(state.done.all()):
+        if (not graphs or t % 16 == 15) and bool(state.done.all()):
             break
-        if not cuda and t % 8 == 7:
+        if not graphs and t % 8 == 7:
             state = drop_finished(state)
         if t % stride == 0:
-            state, graph = widen(state, min(C, t + stride)), None
-            advance()  # eagerly: on CUDA the warm-up that a capture needs
-        elif not cuda:
-            advance()
-        elif graph is None:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                advance()
-            graph.replay()  # capturing runs nothing
+            state, replay = widen(state, min(C, t + stride)), None
+            advance()  # also the warm-up that a capture needs
+        elif graphs:
+            replay = replay or capture(advance)
+            replay()
         else:
-            graph.replay()
+            advance()
 
 
 @torch.no_grad()
@@ -893,7 +900,7 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     for i in range(0, len(prompts), chunk):
         state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
         with timed(times, "decode"), whole_weights(model):
-            decode(model, state, stop, banned, temperature)
+            decode(model, state, stop, banned, temperature, graphs=model.device.type == "cuda")
         finished = torch.isin(state.tokens, stop).any(-1).tolist()
         ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
         logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]

@@ -63,7 +63,7 @@ if [ -z "${MODEL:-}" ]; then # the toy world
   TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
   N_SFT=4800 N_GRPO=400 LENGTH=320
-  SFT="--learning_rate 1e-3 --train_batch_size 32 --save_steps 25"
+  SFT="--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
   GRPO="--learning_rate 5e-5 --train_batch_size 16 --num_generations 8 --max_completion_length $LENGTH --max_steps 30 --save_steps 10"
 else # the paper's recipe
   : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge:FILE, hf:MODEL or openai:MODEL}"

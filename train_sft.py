@@ -460,7 +460,10 @@ def check_model(path):
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL with flash-attn 2 where CUDA has it, else SDPA. dtype auto: bfloat16 on CUDA, float32 on CPU."""
+    """Qwen2-VL; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA; its decoder: `hidden_states`.
+
+    dtype auto: bfloat16 on CUDA, float32 on CPU.
+    """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
 
@@ -498,12 +501,15 @@ class PackedRow:
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor
     image_features: list | None  # per image (visual tokens, hidden), if computed before
-    causal: torch.Tensor  # (longest completion, longest prompt + it), see `completion_mask`
+    causal: torch.Tensor  # (longest completion, longest prompt + it), True where a completion token may look
     varlen: dict | None = None  # the same as sequences for the CUDA kernel
 
 
-def pack(items, device):
-    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...]."""
+def pack(items, device, image_features=None):
+    """PackedRow of [(inputs of chat_inputs, list of completions as token ids), ...].
+
+    `image_features`: one tensor per item where the vision tower need not run again.
+    """
     ids, positions, spans, at, targets = [], [], [], [], []
     for inputs, completions in items:
         prompt, start = inputs["prompt_ids"], len(ids)
@@ -520,9 +526,6 @@ def pack(items, device):
             ids += completion
             after = int(inputs["position_ids"][0, -1]) + 1
             positions.append(torch.arange(after, after + len(completion)).expand(3, -1))
-    features = [inputs.get("image_features") for inputs, _ in items]
-    features = None if any(f is None for f in features) else features
-    pixels = None if features else torch.cat([inputs["pixel_values"] for inputs, _ in items]).to(device)
     longest_prompt = max(length for _, length, _ in spans)
     longest = max((n for _, _, lengths in spans for n in lengths), default=0)
     return PackedRow(
@@ -531,9 +534,9 @@ def pack(items, device):
         spans=spans,
         at=torch.tensor(at, dtype=torch.long, device=device),
         targets=torch.tensor(targets, dtype=torch.long, device=device),
-        pixel_values=pixels,
-        image_grid_thw=torch.cat([inputs["image_grid_thw"] for inputs, _ in items]).to(device),
-        image_features=features,
+        pixel_values=None if image_features else torch.cat([x["pixel_values"] for x, _ in items]).to(device),
+        image_grid_thw=torch.cat([x["image_grid_thw"] for x, _ in items]).to(device),
+        image_features=image_features,
         causal=torch.ones(longest, longest_prompt + longest, dtype=torch.bool, device=device).tril(longest_prompt),
     )
 

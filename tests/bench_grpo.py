@@ -9,7 +9,6 @@ step   with --trl_python: whole steps of train_grpo.py and of TRL's GRPOTrainer 
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,11 +34,12 @@ import train_grpo as g
 
 # train_grpo.py with a reward that is drawn, so that every group trains, and completions that never stop early
 ENDLESS = """
-import random, sys
+import random, resource
 import train_grpo as g
 g.stop_ids = lambda tokenizer: []
 g.REWARDS["random"] = lambda text, sample, args: random.Random(text).random()
 g.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
@@ -129,7 +129,8 @@ def compare_steps(args, result):
             flags += ["--train_batch_size", str(args.prompts), "--num_generations", G, "--max_steps", str(steps)]
             flags += ["--max_completion_length", str(length), "--reward_funcs", "random", "--save_steps", "0"]
             command = [sys.executable, "-c", ENDLESS, *map(str, flags)]
-            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            peak_mb = float(done.stdout.split()[-1])
             metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
             assert all(m["completions/mean_length"] == length for m in metrics)
             command = [args.trl_python, ROOT / "tests/trl_baseline.py", "grpo", "--model", folder / "model"]
@@ -144,11 +145,11 @@ def compare_steps(args, result):
         last = {k: v for k, v in metrics[-1].items() if k.startswith("time/") or "per_second" in k or k == "mfu"}
     name = f"step, {args.prompts} prompts x {G}, C={length}"
     result[name] = {"trl / ours, time": spread(ratios), "seconds": {s: spread(v) for s, v in seconds.items()},
-                    "trl": trl["versions"], "trl_peak_mb": trl["peak_rss_mb"], "our last step": last}  # fmt: skip
+                    "trl": trl["versions"], "process peak_mb": {"ours": peak_mb, "trl": trl["peak_rss_mb"]},
+                    "our last step": last}  # fmt: skip
     print(shown(f"{name}, TRL {trl['versions']['trl']} / ours", result[name]["trl / ours, time"]))
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"  ours {spread(seconds['ours'])['median']:.2f} s, TRL {spread(seconds['trl'])['median']:.2f} s a step; "
-          f"largest process {children:.0f} MB, TRL {trl['peak_rss_mb']:.0f} MB")  # fmt: skip
+    print(f"  ours {spread(seconds['ours'])['median']:.2f} s and {peak_mb:.0f} MB in the process, "
+          f"TRL {spread(seconds['trl'])['median']:.2f} s and {trl['peak_rss_mb']:.0f} MB")  # fmt: skip
 
 
 def main():

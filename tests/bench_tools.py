@@ -30,7 +30,9 @@ def build_model(geometry, device="cpu", dtype=torch.float32):
     """Random Qwen2-VL, and the toy world's tokenizer and image processor."""
     import make_toy
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     hidden, layers, heads, key_heads, feed_forward, vision, depth, vocabulary, tied = GEOMETRIES[geometry]
     ids, section = make_toy.TOKENIZER.convert_tokens_to_ids, hidden // heads // 8
     text = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,

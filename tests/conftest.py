@@ -43,13 +43,13 @@ def synth_dir(world_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
-    """A random 2-layer Qwen2-VL with the toy tokenizer and image processor, in Hugging Face format."""
+    """A random 2-layer Qwen2-VL on disk: two query heads per key head as in the real one; toy tokenizer and images."""
     import make_toy
     import torch
 
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("tiny")
-    model = make_toy.build_model(make_toy.TOKENIZER, hidden=64, layers=2, vision=48, depth=1)
+    model = make_toy.build_model(make_toy.TOKENIZER, hidden=64, layers=2, vision=48, depth=1, key_heads=2)
     for part in (model, make_toy.TOKENIZER, make_toy.PROCESSOR):
         part.save_pretrained(out)
     return out

@@ -50,6 +50,7 @@ def test_flags_in_docs_exist(helps):
         "--help",
         "--version",
         "--dist",
+        "--standalone",
     }
     for name in ("README.md", "run_all.sh"):
         text = re.sub(r"pip install.*", "", (ROOT / name).read_text())

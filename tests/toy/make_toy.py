@@ -103,7 +103,7 @@ def build_tokenizer():
     return tokenizer
 
 
-def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
+def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2, key_heads=4):
     ids = tokenizer.convert_tokens_to_ids
     sections = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
     text = dict(
@@ -112,7 +112,7 @@ def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2):
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=key_heads,
         initializer_range=0.05,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
