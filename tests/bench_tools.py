@@ -20,7 +20,7 @@ from PIL import Image  # noqa: E402
 
 SIDE = 560  # pixels of the photos: 400 visual tokens
 GEOMETRIES = {  # hidden, layers, heads, key heads, feed-forward; vision width, depth; vocabulary, tied to the embedding
-    "small": (256, 6, 4, 2, 1280, 128, 4, 4096, False),  # vision is a quarter of a prefill, as in the 7B
+    "small": (256, 6, 4, 2, 1280, 128, 1, 4096, False),  # FLOPs of vision: a fifth of a prefill, as in the 7B
     "2b": (1536, 28, 12, 2, 8960, 1280, 32, 151936, True),
     "7b": (3584, 28, 28, 4, 18944, 1280, 32, 152064, False),
 }

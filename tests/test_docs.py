@@ -39,7 +39,8 @@ def test_every_script_alone_imports_without_side_effects_and_prints_its_help(hel
 
 
 def test_flags_in_docs_exist(helps):
-    known = flags_of((ROOT / "tests" / "toy" / "make_toy.py").read_text()).union(*(flags_of(t) for t in helps.values()))
+    by_hand = [ROOT / "tests" / "toy" / "make_toy.py", *(ROOT / "tests").glob("bench_*.py")]
+    known = set().union(*(flags_of(f.read_text()) for f in by_hand), *(flags_of(t) for t in helps.values()))
     outside = {
         "--fix",
         "--nproc_per_node",
