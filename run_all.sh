@@ -23,7 +23,7 @@ setup() {
   $PY -m pip install -q "$(grep '^torch==' requirements.txt)" setuptools wheel
   DS_BUILD_OPS=0 $PY -m pip install -q -r requirements.txt
   if command -v nvidia-smi >/dev/null; then
-    $PY -m pip install -q flash-attn --no-build-isolation || echo "flash-attn could not be installed; SDPA attention is used"
+    $PY -m pip install -q flash-attn --no-build-isolation || echo "flash-attn could not be installed; the vision tower attends by SDPA"
   fi
   cp requirements.txt .venv/installed.txt
 }
