@@ -59,7 +59,8 @@ if [ -z "${MODEL:-}" ]; then # the toy world
   # a model this small gains more from two processes than from two threads
   NPROC=${NPROC:-$("$PY" -c 'import os, torch; print(1 if torch.cuda.is_available() else min(2, os.cpu_count()))')}
   RUNNER=torchrun; [ "$NPROC" != 1 ] || RUNNER=$PY
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / NPROC))}
+  CORES=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
   TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
   N_SFT=4800 N_GRPO=400 LENGTH=320

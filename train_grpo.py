@@ -1484,9 +1484,9 @@ def main():
                     loss, logged = grpo_loss(logps, old_logps, ref_logps, advantages, weights * bool(members), args)
                     backward(engine, loss, last=i == len(filled) - 1)
                     sums["loss"] += loss.item() / args.num_iterations
-                    sums["row_tokens"] += row.input_ids.numel()
-                    sums["flops"] += train_flops(model, row)
                     if members:
+                        sums["row_tokens"] += row.input_ids.numel()
+                        sums["flops"] += train_flops(model, row)
                         sums["kl"] += logged["kl"] / args.num_iterations
                         sums["clip"] += logged["clip"] / args.num_iterations
                         sums["drift"] += (logps.detach() - sampled).abs().sum().item() * (iteration == 0)

@@ -10,7 +10,7 @@ writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (res
 Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW
 5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is
 skipped and counted, never cut; the loss is the mean over all assistant tokens of the step, on all ranks.
-Sequences of a pass are packed into one row without padding (PackedRow); the loss runs where there is a label alone.
+Sequences of a pass are packed into one row without padding (PackedRow); `lm_head` runs where there is a label alone.
 Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocabulary.
 """
 
@@ -943,7 +943,8 @@ def main():
                 loss = -engine(row).sum() / tokens * bool(members)
                 total_loss += loss.item()
                 backward(engine, loss, last=i == len(filled) - 1)
-            row_tokens, flops = row_tokens + row.input_ids.numel(), flops + train_flops(model, row)
+            if members:
+                row_tokens, flops = row_tokens + row.input_ids.numel(), flops + train_flops(model, row)
         with timed(seconds, "optimizer"):
             engine.step()
         (total_loss,) = all_sum([total_loss], device)
