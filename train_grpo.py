@@ -503,7 +503,7 @@ def chat_inputs(tokenizer, image_processor, image, text):
 # >>> shared:load_model (copy of train_sft.py)
 def check_model(path):
     """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
-    gc.disable()  # until load_model: what imports leave behind stays, and would be scanned again and again
+    gc.disable()  # until load_model: what imports leave behind stays, and is scanned again and again while they run
     from transformers import AutoConfig
 
     try:
@@ -532,7 +532,6 @@ def load_model(path, dtype, device):
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=attention
     )
-    gc.freeze()
     gc.enable()
     return model.to(device)
 
