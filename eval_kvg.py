@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -216,6 +217,39 @@ BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
 
+@dataclass(frozen=True)
+class BoxStyle:
+    """How a model family was taught to write boxes. Rows are in Qwen2-VL's; a model is asked and read in its own."""
+
+    json: bool  # [{"bbox_2d": [x1, y1, x2, y2], "label": name}], else ref and box tokens
+    pixels: bool  # of the resized image, else a grid of 0..1000 over its width and height
+
+
+# by model_type of the config; sources: the grounding examples of the model cards and technical reports
+BOX_STYLES = {
+    "qwen2_vl": BoxStyle(json=False, pixels=False),
+    "qwen2_5_vl": BoxStyle(json=True, pixels=True),
+    "qwen3_vl": BoxStyle(json=True, pixels=False),
+}
+
+
+def model_text(text, style, grid):
+    """A text of the rows, question or completion, as the family writes it: every box on its `grid` (width, height)."""
+
+    def boxed(match):
+        x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(match.groups(), grid * 2, strict=True))
+        return f"({x1},{y1}),({max(x2, x1 + 1)},{max(y2, y1 + 1)})"
+
+    def listed(match):
+        name, *box = match.groups()
+        label = json.dumps(name, ensure_ascii=False)
+        return f'```json\n[\n\t{{"bbox_2d": [{", ".join(box)}], "label": {label}}}\n]\n```'
+
+    if style.pixels:
+        text = re.sub(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", boxed, text)
+    return REF.sub(r"\1", re.sub(REF.pattern + BOX.pattern, listed, text, flags=re.S)) if style.json else text
+
+
 def read_samples(path):
     """Samples of any format we know, as dicts with the same keys.
 
@@ -316,7 +350,7 @@ def load_processors(model_path, max_pixels):
             f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
         ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen-VL; check the model")
     image_processor.size = {
         "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
         "longest_edge": max_pixels,
@@ -335,16 +369,27 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, image):
-    """Number of <|image_pad|> that an image takes, from its header alone."""
+def resized_size(image_processor, image):
+    """(width, height) px at which the model sees an image, from the image's header alone."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             width, height = im.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise SystemExit(
             f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
         ) from None
-    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+    return width, height
+
+
+def prompt_length(tokenizer, image_processor, image, text, style):
+    """Tokens of a prompt, from the image's header alone."""
+    width, height = resized_size(image_processor, image)
+    merged = image_processor.patch_size * image_processor.merge_size
+    return len(prompt_ids(tokenizer, model_text(text, style, (width, height)), width * height // merged**2))
 
 
 def prompt_ids(tokenizer, text, count):
@@ -369,20 +414,26 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image, read and resized once.
+def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+    """Prompt with one image, read and resized once; its text in the family's style.
 
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
+    `grid`: the (width, height) that the model's boxes count in.
     """
     vision = image_processor(images=[load_image(image)], return_tensors="pt")
     merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
-    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    _, rows, columns = grid_thw[0].tolist()
+    patch = image_processor.patch_size
+    grid = (columns * patch, rows * patch) if style.pixels else (1000, 1000)
+    ids = prompt_ids(tokenizer, model_text(text, style, grid), rows * columns // merge**2)
     positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
         "prompt_ids": ids,
         "position_ids": positions,
         "pixel_values": vision["pixel_values"],
         "image_grid_thw": grid_thw,
+        "grid": grid,
+        "style": style,
     }
 
 
@@ -391,7 +442,7 @@ def chat_inputs(tokenizer, image_processor, image, text):
 
 # >>> shared:load_model (copy of train_sft.py)
 def check_model(path):
-    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    """The BoxStyle of a model. Errors: one line unless `path` names a Qwen-VL that we know; loads no weights."""
     gc.disable()  # until load_model: what imports leave behind stays, and is scanned again and again while they run
     from transformers import AutoConfig
 
@@ -401,14 +452,15 @@ def check_model(path):
         raise SystemExit(
             f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
         ) from None
-    if kind != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+    if kind not in BOX_STYLES:
+        raise SystemExit(f"{path}: model_type {kind!r}; want one of {', '.join(BOX_STYLES)}; check --model")
+    return BOX_STYLES[kind]
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA; its decoder: `hidden_states`.
+    """A Qwen-VL on the device; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA.
 
-    dtype auto: bfloat16 on CUDA, float32 on CPU.
+    How its decoder attends is said at `packed_attention`. dtype auto: bfloat16 on CUDA, float32 on CPU.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
@@ -445,7 +497,7 @@ class PackedRow:
     targets: torch.Tensor  # (N,), that token
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor
-    image_features: list | None  # per image (visual tokens, hidden), if computed before
+    image_features: list | None  # per image (1 + deepstack levels, visual tokens, hidden), if computed before
     causal: torch.Tensor  # (longest completion, longest prompt + it), True where a completion token may look
     varlen: dict | None = None  # the same as sequences for the CUDA kernel
 
@@ -549,15 +601,19 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, ro
 
 
 def embed_images(model, row):
-    """Output of the vision tower, one tensor (visual tokens, hidden) per image of the row."""
-    return model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True).pooler_output
+    """Output of the vision tower, one tensor (1 + D, visual tokens, hidden) per image of the row.
+
+    First what the decoder reads in place of the image, then what Qwen3-VL adds behind its first D layers (deepstack).
+    """
+    out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
+    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 
 def hidden_states(model, row, cache=None):
     """Last hidden states (T, hidden) of a packed row, under the model's own modules."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     text = model.config.get_text_config()
     if text._attn_implementation != "packed":
@@ -565,12 +621,11 @@ def hidden_states(model, row, cache=None):
         AttentionMaskInterface.register("packed", sdpa_mask)
         vision = model.config.vision_config._attn_implementation
         model.set_attn_implementation({"text_config": "packed", "vision_config": vision})
-    features = row.image_features or embed_images(model, row)
+    levels = list(zip(*(row.image_features or embed_images(model, row)), strict=True))
     return model.model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
-        attention_mask={"full_attention": None},
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        mm_encoder_outputs={"image": SimpleNamespace(pooler_output=levels[0], deepstack_features=levels[1:])},
         use_cache=False,
         row=row,
         cache=cache,
@@ -608,6 +663,7 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
+CANONICAL_JSON = re.compile(r'"bbox_2d":\s*\[\d{1,4}(?:,\s*\d{1,4}){3}\]', re.A)
 THINK_ANSWER = re.compile(
     r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
 )
@@ -625,12 +681,12 @@ def answer_text(text, mode="r1"):
     return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
 
 
-def parse_bbox(text, mode="r1"):
+def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
     Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
-    The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
-    Nothing is reordered, clipped or rescaled.
+    The same box twice is one box. Two boxes, a chain of three points, a number beyond the `grid` (width, height) that
+    the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or clipped.
     """
     region = answer_text(text, mode)
     if region is None:
@@ -639,9 +695,9 @@ def parse_bbox(text, mode="r1"):
     if len(found) != 1:
         return None
     (box,) = found
-    if len(box) != 4 or not (box[0] < box[2] <= 1000 and box[1] < box[3] <= 1000):
+    if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
         return None
-    return [int(v) if v == int(v) else v for v in box]
+    return [int(v) if v == int(v) else v for v in (v * 1000 / n for v, n in zip(box, grid * 2, strict=True))]
 
 
 def box_iou(a, b):
@@ -795,6 +851,8 @@ def forward_step(model, state):
     for layer, (prompt_k, prompt_v), (own_k, own_v) in zip(text.layers, state.prompt_kv, state.own_kv, strict=True):
         h, attention = rms_norm(x, layer.input_layernorm), layer.self_attn
         q, k, v = (linear(h, m).view(R, -1, D) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):  # Qwen3-VL
+            q, k = rms_norm(q, attention.q_norm), rms_norm(k, attention.k_norm)
         own_k.index_copy_(2, state.step, rotate(k)[:, :, None])
         own_v.index_copy_(2, state.step, v[:, :, None])
         q = (rotate(q) * attention.scaling).view(B, G, KV, -1, D)
@@ -917,12 +975,13 @@ def score_answers(samples, answers, mode):
     rows = []
     for s in samples:
         answer = answers[s["id"]]
-        box = parse_bbox(answer["response"], mode)
+        box = parse_bbox(answer["response"], mode, answer.get("grid") or (1000, 1000))
         iou = box_iou(box, s["bbox_1000"]) if box else 0.0
         rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"],
                      "response": answer["response"], "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"],
                      "iou": iou, "correct": iou >= CORRECT_IOU, "num_tokens": answer.get("num_tokens"),
-                     "finished": answer.get("finished"), "image_id": s["image_id"]})  # fmt: skip
+                     "finished": answer.get("finished"), "grid": answer.get("grid"),
+                     "image_id": s["image_id"]})  # fmt: skip
     return rows
 
 
@@ -1145,12 +1204,12 @@ def weights_md5(model):
     return digest.hexdigest() if files else ""
 
 
-def answer_cases(model, tokenizer, image_processor, samples, path, args):
+def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
     """Appends the greedy answers to `path`, batch by batch."""
     suffix, began, scored = EVAL_PROMPTS[args.prompt], time.time(), []
     suffix = R1_SUFFIX if suffix is None else suffix
     inputs = prefetch(
-        lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + suffix),
+        lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + suffix, style),
         samples, args.num_workers, args.batch_size,
     )  # fmt: skip
     for i in range(0, len(samples), args.batch_size):
@@ -1161,9 +1220,9 @@ def answer_cases(model, tokenizer, image_processor, samples, path, args):
         )
         seconds = (time.time() - since) / len(batch)
         answers = {}
-        for s, [(ids, _, finished)] in zip(batch, rolled, strict=True):
+        for s, prompt, [(ids, _, finished)] in zip(batch, prompts, rolled, strict=True):
             answer = {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids)}
-            answers[s["id"]] = answer | {"finished": finished, "seconds": seconds}
+            answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"], "seconds": seconds}
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
         scored += score_answers(batch, answers, args.prompt)
@@ -1504,7 +1563,7 @@ def main():
     if args.predictions:
         answers = read_foreign_answers(args.predictions, samples)
     else:
-        check_model(args.model)
+        style = check_model(args.model)
     args.bench_md5 = hashlib.md5(
         "\n".join(f"{s['id']} {s['question']} {s['answer']}" for s in samples).encode()
     ).hexdigest()
@@ -1541,7 +1600,8 @@ def main():
         if todo:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
             model = load_model(args.model, args.dtype, device)
-            answer_cases(model, tokenizer, image_processor, todo[rank::world_size], out / f"part-{rank}.jsonl", args)
+            mine = todo[rank::world_size]
+            answer_cases(model, tokenizer, image_processor, style, mine, out / f"part-{rank}.jsonl", args)
             dist.barrier()
             answers = stored_answers(out) if rank == 0 else None
     if rank == 0:

@@ -31,6 +31,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -263,6 +264,39 @@ BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
 
+@dataclass(frozen=True)
+class BoxStyle:
+    """How a model family was taught to write boxes. Rows are in Qwen2-VL's; a model is asked and read in its own."""
+
+    json: bool  # [{"bbox_2d": [x1, y1, x2, y2], "label": name}], else ref and box tokens
+    pixels: bool  # of the resized image, else a grid of 0..1000 over its width and height
+
+
+# by model_type of the config; sources: the grounding examples of the model cards and technical reports
+BOX_STYLES = {
+    "qwen2_vl": BoxStyle(json=False, pixels=False),
+    "qwen2_5_vl": BoxStyle(json=True, pixels=True),
+    "qwen3_vl": BoxStyle(json=True, pixels=False),
+}
+
+
+def model_text(text, style, grid):
+    """A text of the rows, question or completion, as the family writes it: every box on its `grid` (width, height)."""
+
+    def boxed(match):
+        x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(match.groups(), grid * 2, strict=True))
+        return f"({x1},{y1}),({max(x2, x1 + 1)},{max(y2, y1 + 1)})"
+
+    def listed(match):
+        name, *box = match.groups()
+        label = json.dumps(name, ensure_ascii=False)
+        return f'```json\n[\n\t{{"bbox_2d": [{", ".join(box)}], "label": {label}}}\n]\n```'
+
+    if style.pixels:
+        text = re.sub(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", boxed, text)
+    return REF.sub(r"\1", re.sub(REF.pattern + BOX.pattern, listed, text, flags=re.S)) if style.json else text
+
+
 def read_samples(path):
     """Samples of any format we know, as dicts with the same keys.
 
@@ -363,7 +397,7 @@ def load_processors(model_path, max_pixels):
             f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
         ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen-VL; check the model")
     image_processor.size = {
         "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
         "longest_edge": max_pixels,
@@ -382,16 +416,27 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, image):
-    """Number of <|image_pad|> that an image takes, from its header alone."""
+def resized_size(image_processor, image):
+    """(width, height) px at which the model sees an image, from the image's header alone."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             width, height = im.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise SystemExit(
             f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
         ) from None
-    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+    return width, height
+
+
+def prompt_length(tokenizer, image_processor, image, text, style):
+    """Tokens of a prompt, from the image's header alone."""
+    width, height = resized_size(image_processor, image)
+    merged = image_processor.patch_size * image_processor.merge_size
+    return len(prompt_ids(tokenizer, model_text(text, style, (width, height)), width * height // merged**2))
 
 
 def prompt_ids(tokenizer, text, count):
@@ -416,20 +461,26 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image, read and resized once.
+def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+    """Prompt with one image, read and resized once; its text in the family's style.
 
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
+    `grid`: the (width, height) that the model's boxes count in.
     """
     vision = image_processor(images=[load_image(image)], return_tensors="pt")
     merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
-    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    _, rows, columns = grid_thw[0].tolist()
+    patch = image_processor.patch_size
+    grid = (columns * patch, rows * patch) if style.pixels else (1000, 1000)
+    ids = prompt_ids(tokenizer, model_text(text, style, grid), rows * columns // merge**2)
     positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
         "prompt_ids": ids,
         "position_ids": positions,
         "pixel_values": vision["pixel_values"],
         "image_grid_thw": grid_thw,
+        "grid": grid,
+        "style": style,
     }
 
 
@@ -441,6 +492,7 @@ POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
 BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
+CANONICAL_JSON = re.compile(r'"bbox_2d":\s*\[\d{1,4}(?:,\s*\d{1,4}){3}\]', re.A)
 THINK_ANSWER = re.compile(
     r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.S
 )
@@ -458,12 +510,12 @@ def answer_text(text, mode="r1"):
     return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
 
 
-def parse_bbox(text, mode="r1"):
+def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
     Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
-    The same box twice is one box. Two boxes, a chain of three points, a number over 1000, x1 >= x2 or y1 >= y2: None.
-    Nothing is reordered, clipped or rescaled.
+    The same box twice is one box. Two boxes, a chain of three points, a number beyond the `grid` (width, height) that
+    the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or clipped.
     """
     region = answer_text(text, mode)
     if region is None:
@@ -472,9 +524,9 @@ def parse_bbox(text, mode="r1"):
     if len(found) != 1:
         return None
     (box,) = found
-    if len(box) != 4 or not (box[0] < box[2] <= 1000 and box[1] < box[3] <= 1000):
+    if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
         return None
-    return [int(v) if v == int(v) else v for v in box]
+    return [int(v) if v == int(v) else v for v in (v * 1000 / n for v, n in zip(box, grid * 2, strict=True))]
 
 
 def box_iou(a, b):

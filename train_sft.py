@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -270,6 +271,39 @@ BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
 
 
+@dataclass(frozen=True)
+class BoxStyle:
+    """How a model family was taught to write boxes. Rows are in Qwen2-VL's; a model is asked and read in its own."""
+
+    json: bool  # [{"bbox_2d": [x1, y1, x2, y2], "label": name}], else ref and box tokens
+    pixels: bool  # of the resized image, else a grid of 0..1000 over its width and height
+
+
+# by model_type of the config; sources: the grounding examples of the model cards and technical reports
+BOX_STYLES = {
+    "qwen2_vl": BoxStyle(json=False, pixels=False),
+    "qwen2_5_vl": BoxStyle(json=True, pixels=True),
+    "qwen3_vl": BoxStyle(json=True, pixels=False),
+}
+
+
+def model_text(text, style, grid):
+    """A text of the rows, question or completion, as the family writes it: every box on its `grid` (width, height)."""
+
+    def boxed(match):
+        x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(match.groups(), grid * 2, strict=True))
+        return f"({x1},{y1}),({max(x2, x1 + 1)},{max(y2, y1 + 1)})"
+
+    def listed(match):
+        name, *box = match.groups()
+        label = json.dumps(name, ensure_ascii=False)
+        return f'```json\n[\n\t{{"bbox_2d": [{", ".join(box)}], "label": {label}}}\n]\n```'
+
+    if style.pixels:
+        text = re.sub(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", boxed, text)
+    return REF.sub(r"\1", re.sub(REF.pattern + BOX.pattern, listed, text, flags=re.S)) if style.json else text
+
+
 def read_samples(path):
     """Samples of any format we know, as dicts with the same keys.
 
@@ -370,7 +404,7 @@ def load_processors(model_path, max_pixels):
             f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
         ) from None
     if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen2-VL; check the model")
+        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen-VL; check the model")
     image_processor.size = {
         "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
         "longest_edge": max_pixels,
@@ -389,16 +423,27 @@ def load_image(image):
         ) from None
 
 
-def visual_tokens(image_processor, image):
-    """Number of <|image_pad|> that an image takes, from its header alone."""
+def resized_size(image_processor, image):
+    """(width, height) px at which the model sees an image, from the image's header alone."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
             width, height = im.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise SystemExit(
             f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
         ) from None
-    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+    return width, height
+
+
+def prompt_length(tokenizer, image_processor, image, text, style):
+    """Tokens of a prompt, from the image's header alone."""
+    width, height = resized_size(image_processor, image)
+    merged = image_processor.patch_size * image_processor.merge_size
+    return len(prompt_ids(tokenizer, model_text(text, style, (width, height)), width * height // merged**2))
 
 
 def prompt_ids(tokenizer, text, count):
@@ -423,20 +468,26 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text):
-    """Prompt with one image, read and resized once.
+def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+    """Prompt with one image, read and resized once; its text in the family's style.
 
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, 1176), image_grid_thw (1, 3).
+    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
+    `grid`: the (width, height) that the model's boxes count in.
     """
     vision = image_processor(images=[load_image(image)], return_tensors="pt")
     merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
-    ids = prompt_ids(tokenizer, text, int(grid_thw.prod()) // merge**2)
+    _, rows, columns = grid_thw[0].tolist()
+    patch = image_processor.patch_size
+    grid = (columns * patch, rows * patch) if style.pixels else (1000, 1000)
+    ids = prompt_ids(tokenizer, model_text(text, style, grid), rows * columns // merge**2)
     positions = rope_positions(ids, grid_thw[0], tokenizer.convert_tokens_to_ids("<|image_pad|>"), merge)
     return {
         "prompt_ids": ids,
         "position_ids": positions,
         "pixel_values": vision["pixel_values"],
         "image_grid_thw": grid_thw,
+        "grid": grid,
+        "style": style,
     }
 
 
@@ -445,7 +496,7 @@ def chat_inputs(tokenizer, image_processor, image, text):
 
 # >>> shared:load_model (source)
 def check_model(path):
-    """Stops with one line unless `path` names a Qwen2-VL; loads no weights."""
+    """The BoxStyle of a model. Errors: one line unless `path` names a Qwen-VL that we know; loads no weights."""
     gc.disable()  # until load_model: what imports leave behind stays, and is scanned again and again while they run
     from transformers import AutoConfig
 
@@ -455,14 +506,15 @@ def check_model(path):
         raise SystemExit(
             f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
         ) from None
-    if kind != "qwen2_vl":
-        raise SystemExit(f"{path}: model_type {kind!r}; want 'qwen2_vl'; check --model")
+    if kind not in BOX_STYLES:
+        raise SystemExit(f"{path}: model_type {kind!r}; want one of {', '.join(BOX_STYLES)}; check --model")
+    return BOX_STYLES[kind]
 
 
 def load_model(path, dtype, device):
-    """Qwen2-VL; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA; its decoder: `hidden_states`.
+    """A Qwen-VL on the device; its vision tower attends by flash-attn 2 where CUDA has it, else by SDPA.
 
-    dtype auto: bfloat16 on CUDA, float32 on CPU.
+    How its decoder attends is said at `packed_attention`. dtype auto: bfloat16 on CUDA, float32 on CPU.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import is_flash_attn_2_available, logging
@@ -499,7 +551,7 @@ class PackedRow:
     targets: torch.Tensor  # (N,), that token
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor
-    image_features: list | None  # per image (visual tokens, hidden), if computed before
+    image_features: list | None  # per image (1 + deepstack levels, visual tokens, hidden), if computed before
     causal: torch.Tensor  # (longest completion, longest prompt + it), True where a completion token may look
     varlen: dict | None = None  # the same as sequences for the CUDA kernel
 
@@ -603,15 +655,19 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, ro
 
 
 def embed_images(model, row):
-    """Output of the vision tower, one tensor (visual tokens, hidden) per image of the row."""
-    return model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True).pooler_output
+    """Output of the vision tower, one tensor (1 + D, visual tokens, hidden) per image of the row.
+
+    First what the decoder reads in place of the image, then what Qwen3-VL adds behind its first D layers (deepstack).
+    """
+    out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
+    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 
 def hidden_states(model, row, cache=None):
     """Last hidden states (T, hidden) of a packed row, under the model's own modules."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     text = model.config.get_text_config()
     if text._attn_implementation != "packed":
@@ -619,12 +675,11 @@ def hidden_states(model, row, cache=None):
         AttentionMaskInterface.register("packed", sdpa_mask)
         vision = model.config.vision_config._attn_implementation
         model.set_attn_implementation({"text_config": "packed", "vision_config": vision})
-    features = row.image_features or embed_images(model, row)
+    levels = list(zip(*(row.image_features or embed_images(model, row)), strict=True))
     return model.model(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
-        attention_mask={"full_attention": None},
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
+        mm_encoder_outputs={"image": SimpleNamespace(pooler_output=levels[0], deepstack_features=levels[1:])},
         use_cache=False,
         row=row,
         cache=cache,
@@ -754,7 +809,8 @@ def train_flops(model, row):
         merger = sum(p.numel() for p in vision.merger.parameters())
         blocks = sum(p.numel() for p in vision.parameters()) - merger
         tower = (blocks + merger / vision.spatial_merge_size**2) * int(patches.sum())
-        tower += 2 * len(vision.blocks) * model.config.vision_config.embed_dim * int((patches**2).sum())
+        width = getattr(vision.config, "embed_dim", vision.config.hidden_size)
+        tower += 2 * len(vision.blocks) * width * int((patches**2).sum())
         flops += tower * (6 if next(vision.parameters()).requires_grad else 2)
     return flops
 
@@ -846,17 +902,19 @@ def wanted(sample, target):
     return sample["question"], sample["answer"]
 
 
-def row_length(sample, tokenizer, image_processor, target):
+def row_length(sample, tokenizer, image_processor, target, style):
     """Tokens of a row, from the image's header alone."""
     question, completion = wanted(sample, target)
-    prompt = prompt_ids(tokenizer, question, visual_tokens(image_processor, sample["image"]))
-    return len(prompt) + len(tokenizer.encode(completion, add_special_tokens=False)) + 1
+    completion = model_text(completion, style, resized_size(image_processor, sample["image"]))
+    prompt = prompt_length(tokenizer, image_processor, sample["image"], question, style)
+    return prompt + len(tokenizer.encode(completion, add_special_tokens=False)) + 1
 
 
-def encode_row(sample, tokenizer, image_processor, target):
+def encode_row(sample, tokenizer, image_processor, target, style):
     """What `pack` takes: the inputs of the prompt, and the assistant's tokens with the <|im_end|> that closes them."""
     question, completion = wanted(sample, target)
-    inputs = chat_inputs(tokenizer, image_processor, sample["image"], question)
+    inputs = chat_inputs(tokenizer, image_processor, sample["image"], question, style)
+    completion = model_text(completion, style, inputs["grid"])
     return inputs, [tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)]
 
 
@@ -867,7 +925,7 @@ def main():
         raise SystemExit(
             f"{args.data} ({missing[0]}): nothing to learn from; want an assistant message; run gen_cot.py"
         )
-    check_model(args.model)
+    style = check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
     if rank == 0:
@@ -885,7 +943,7 @@ def main():
 
     tokenizer, image_processor = load_processors(args.model, args.max_pixels)
     lengths = broadcast(
-        [row_length(s, tokenizer, image_processor, args.target) for s in samples] if rank == 0 else None
+        [row_length(s, tokenizer, image_processor, args.target, style) for s in samples] if rank == 0 else None
     )
     kept = [s for s, length in zip(samples, lengths, strict=True) if length <= args.max_length]
     if not kept:
@@ -922,7 +980,7 @@ def main():
         for i in range(s * n + rank, (s + 1) * n, world_size)
     ]
     encoded = prefetch(
-        lambda i: encode_row(kept[i], tokenizer, image_processor, args.target), order, args.num_workers, 2 * n
+        lambda i: encode_row(kept[i], tokenizer, image_processor, args.target, style), order, args.num_workers, 2 * n
     )
     since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
     engine.train()

@@ -56,7 +56,7 @@ def compare_passes(args, folder, result):
         model.model.visual.requires_grad_(False)
     scorer = t.CompletionLogProbs(packed)
     samples = t.read_samples(folder / "samples.jsonl")
-    items = [t.encode_row(s, tokenizer, image_processor, "cot") for s in samples]
+    items = [t.encode_row(s, tokenizer, image_processor, "cot", t.BOX_STYLES["qwen2_vl"]) for s in samples]
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
 
     def plain_epoch():

@@ -41,15 +41,47 @@ def synth_dir(world_dir, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
-def tiny_dir(tmp_path_factory):
-    """A random 2-layer Qwen2-VL on disk: two query heads per key head as in the real one; toy tokenizer and images."""
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def build_tiny(family, seed=0):
+    """(model, tokenizer, image processor): 2 random layers, two query heads per key head, the toy's tokenizer."""
     import make_toy
     import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(seed)
     model = make_toy.build_model(make_toy.TOKENIZER, hidden=64, layers=2, vision=48, depth=1, key_heads=2)
-    for part in (model, make_toy.TOKENIZER, make_toy.PROCESSOR):
-        part.save_pretrained(out)
-    return out
+    if family == "qwen2_vl":
+        return model, make_toy.TOKENIZER, make_toy.PROCESSOR
+    text = model.config.text_config.to_dict()
+    text = {k: v for k, v in text.items() if k not in ("model_type", "layer_types", "use_sliding_window")}
+    tower = dict(depth=3, hidden_size=48, num_heads=3, intermediate_size=96, out_hidden_size=64, initializer_range=0.05)
+    if family == "qwen2_5_vl":  # windows of 2 x 2 merged patches, one layer with full attention
+        tower |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
+        processor = make_toy.PROCESSOR
+    else:  # heads wider than hidden / heads, M-RoPE interleaved, two layers that get deepstack features
+        tower |= dict(patch_size=16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+        text |= dict(head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                                                   "mrope_section": [6, 5, 5], "mrope_interleaved": True})  # fmt: skip
+        processor = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 401408})
+    ids = {k: v for k, v in model.config.to_dict().items() if k.endswith("_token_id")}
+    config = AutoConfig.for_model(family, text_config=text, vision_config=tower, tie_word_embeddings=True, **ids)
+    return AutoModelForImageTextToText.from_config(config), make_toy.TOKENIZER, processor
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory):
+    """{family: folder of a tiny random model}."""
+    dirs = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in dirs.items():
+        for part in build_tiny(family):
+            part.save_pretrained(folder)
+    return dirs
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(family_dirs):
+    """A tiny random Qwen2-VL on disk."""
+    return family_dirs["qwen2_vl"]

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import FAMILIES, ROOT, run_script
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
 import train_grpo as g
 
 BOX = "<|box_start|>(10,20),(300,400)<|box_end|>"
 GOOD = f"<think>it is red</think> <answer><|object_ref_start|>X<|object_ref_end|>{BOX}</answer>"
-SAMPLE = {"bbox_1000": [10, 20, 300, 400]}
+SAMPLE = {"bbox_1000": [10, 20, 300, 400], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
 
 
 def arguments(**changes):
@@ -157,16 +157,19 @@ def test_kl_is_zero_at_equality_and_never_negative():
 
 
 # ---- rollout ----
-@pytest.fixture(scope="module")
-def parts(tiny_dir, synth_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
-    image_processor = AutoImageProcessor.from_pretrained(tiny_dir, backend="pil")
-    model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir, dtype=torch.float32)
+@pytest.fixture(scope="module", params=FAMILIES)
+def parts(request, family_dirs, synth_dir):
+    folder = str(family_dirs[request.param])
+    style = g.check_model(folder)
+    tokenizer, image_processor = g.load_processors(folder, 401408)
+    model = g.load_model(folder, "float32", torch.device("cpu"))
     with torch.no_grad():  # a random model's logits are nearly flat; sharper ones make greedy choices clear
         model.model.language_model.norm.weight.mul_(3)
     samples = g.read_samples(synth_dir / "samples.jsonl")[:5]
     texts = [s["question"] + " please" * i for i, s in enumerate(samples)]  # prompts of different length
-    prompts = [g.chat_inputs(tokenizer, image_processor, s["image"], t) for s, t in zip(samples, texts, strict=True)]
+    prompts = [
+        g.chat_inputs(tokenizer, image_processor, s["image"], t, style) for s, t in zip(samples, texts, strict=True)
+    ]
     return model, tokenizer, image_processor, samples, prompts
 
 

@@ -23,6 +23,7 @@ def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
                       launcher=launcher, check=check)  # fmt: skip
 
 
+STYLE = t.BOX_STYLES["qwen2_vl"]
 TIMES = re.compile("time|per_second|mfu")
 
 
@@ -54,7 +55,7 @@ def parts(tiny_dir, synth_dir):
 
 def items_of(parts, samples):
     _, tokenizer, image_processor, _ = parts
-    return [t.encode_row(s, tokenizer, image_processor, "direct") for s in samples]
+    return [t.encode_row(s, tokenizer, image_processor, "direct", STYLE) for s in samples]
 
 
 def test_packed_loss_equals_a_plain_loop_over_assistant_tokens(parts):
@@ -103,8 +104,10 @@ def test_prefetch_keeps_order_reads_ahead_and_passes_errors_on():
 def test_row_length_is_known_from_the_header(parts):
     _, tokenizer, image_processor, samples = parts
     for s in samples:
-        inputs, [completion] = t.encode_row(s, tokenizer, image_processor, "direct")
-        assert t.row_length(s, tokenizer, image_processor, "direct") == len(inputs["prompt_ids"]) + len(completion)
+        inputs, [completion] = t.encode_row(s, tokenizer, image_processor, "direct", STYLE)
+        assert t.row_length(s, tokenizer, image_processor, "direct", STYLE) == len(inputs["prompt_ids"]) + len(
+            completion
+        )
 
 
 def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
