@@ -14,6 +14,8 @@ Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the ben
 import argparse
 import gc
 import hashlib
+import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -26,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -546,14 +548,31 @@ def varlen_layout(row):
             "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
 
 
-def attend_varlen(query, key, value, scaling, row):
-    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
-    from torch.nn.attention.varlen import varlen_attn
+@lru_cache
+def attention_kernel(device_type, dtype):
+    """How a packed row attends: flash_attn, or torch's varlen_attn, on CUDA in half precision; else sdpa."""
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if importlib.util.find_spec("flash_attn"):
+            return "flash_attn"
+        from torch.nn.attention import varlen
 
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.13 has it
+            return "varlen_attn"
+    return "sdpa"
+
+
+def attend_varlen(query, key, value, scaling, row, kernel):
+    """`attend_spans` in one call of a variable-length kernel; causal masks start in the lower right corner there."""
     row.varlen = layout = row.varlen or varlen_layout(row)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = k[layout["keys"]], v[layout["keys"]]
     sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
 
 
@@ -568,8 +587,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, ro
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if cache is not None:
         cache.append((key, value))
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+    kernel = attention_kernel(query.device.type, query.dtype)
+    if kernel == "sdpa":
+        return attend_spans(query, key, value, scaling, row), None
+    return attend_varlen(query, key, value, scaling, row, kernel), None
 
 
 def embed_images(model, row):
@@ -925,11 +946,13 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     """
     generations, times = len(seeds[0]), {} if times is None else times
     stop, banned = (torch.tensor(i, device=model.device) for i in (stop_ids(tokenizer), vision_ids(tokenizer)))
-    chunk, out = max(1, batch_size // generations), []
-    for i in range(0, len(prompts), chunk):
-        state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
-        with timed(times, "decode"), whole_weights(model):
+    chunks, out = range(0, len(prompts), max(1, batch_size // generations)), []
+    parts = [slice(i, i + chunks.step) for i in chunks]
+    states = [prefill(model, prompts[part], seeds[part], max_completion_length, times) for part in parts]
+    with timed(times, "decode"), whole_weights(model):
+        for state in states:
             decode(model, state, stop, banned, temperature, graphs=model.device.type == "cuda")
+    for state in states:
         finished = torch.isin(state.tokens, stop).any(-1).tolist()
         ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
         logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]

@@ -23,6 +23,8 @@ import argparse
 import copy
 import gc
 import hashlib
+import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -30,6 +32,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -125,14 +128,22 @@ def parse_args(argv=None):
     # engine
     p.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed engine settings")
     p.add_argument(
+        "--zero_stage", type=int, choices=[1, 2, 3], help="3 shards the weights too (default: the stage of --deepspeed)"
+    )
+    p.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "bfloat16", "float32"],
         help="auto: bfloat16 on CUDA, float32 on CPU",
     )
-    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
+    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation (NCCL, gloo)")
+    p.add_argument(
+        "--dry_run_memory", action="store_true", help="run the largest step once, print the peak memory, and stop"
+    )
     # run
     p.add_argument("--logging_steps", type=int, default=1)
+    p.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
+    p.add_argument("--tensorboard", action="store_true", help="write them to OUTPUT_DIR/tensorboard too")
     p.add_argument(
         "--log_completions", type=int, default=2, help="prompts per logging step whose rollouts go to samples.jsonl"
     )
@@ -150,6 +161,7 @@ def parse_args(argv=None):
         )
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    check_trackers(args)
     return args
 
 
@@ -271,6 +283,36 @@ def append_row(path, row):
     """One JSON object a line, on disk when this returns. NaN and infinity are errors, not strings."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def heartbeat(out, rank, step, phase):
+    """One line as a phase begins, in a file per rank: `tail -qn1 heartbeat-*` says where each is, or hangs."""
+    with open(Path(out) / f"heartbeat-{rank:05d}.log", "a", encoding="utf-8") as f:
+        f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} step {step} {phase}\n")
+
+
+def check_trackers(args):
+    """Stops with one line if a tracker is asked for that is not installed."""
+    for flag, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            raise SystemExit(f"--{flag}: no {package} in this environment; want it to log there; pip install {package}")
+
+
+def start_trackers(args, config, first_step):
+    """Functions that each send a row of metrics to a tracker. An interrupted run goes on in the same place."""
+    trackers, out = [], Path(args.output_dir)
+    if args.wandb:
+        import wandb
+
+        name = hashlib.md5(str(out.resolve()).encode()).hexdigest()[:12]
+        run = wandb.init(project=args.wandb, name=out.name, id=name, resume="allow", dir=str(out), config=config)
+        trackers.append(lambda row: run.log(row, step=row["step"]))
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
+    return trackers
 
 
 def draw_curves(metrics_path, png_path, keys):
@@ -685,14 +727,31 @@ def varlen_layout(row):
             "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
 
 
-def attend_varlen(query, key, value, scaling, row):
-    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
-    from torch.nn.attention.varlen import varlen_attn
+@lru_cache
+def attention_kernel(device_type, dtype):
+    """How a packed row attends: flash_attn, or torch's varlen_attn, on CUDA in half precision; else sdpa."""
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if importlib.util.find_spec("flash_attn"):
+            return "flash_attn"
+        from torch.nn.attention import varlen
 
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.13 has it
+            return "varlen_attn"
+    return "sdpa"
+
+
+def attend_varlen(query, key, value, scaling, row, kernel):
+    """`attend_spans` in one call of a variable-length kernel; causal masks start in the lower right corner there."""
     row.varlen = layout = row.varlen or varlen_layout(row)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = k[layout["keys"]], v[layout["keys"]]
     sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
 
 
@@ -707,8 +766,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, ro
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if cache is not None:
         cache.append((key, value))
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+    kernel = attention_kernel(query.device.type, query.dtype)
+    if kernel == "sdpa":
+        return attend_spans(query, key, value, scaling, row), None
+    return attend_varlen(query, key, value, scaling, row, kernel), None
 
 
 def embed_images(model, row):
@@ -816,6 +877,8 @@ def start_engine(scorer, args):
             f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
+    if args.zero_stage:
+        config.setdefault("zero_optimization", {})["stage"] = args.zero_stage
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop says which backward pass is the last, see `backward`
@@ -825,6 +888,51 @@ def start_engine(scorer, args):
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
+
+
+def run_banner(engine, device):
+    """What a run computes with: engine, attention, precision, ranks."""
+    model, world_size = engine.module.model, dist.get_world_size()
+    masters = ", fp32 master weights" if model.dtype == torch.bfloat16 else ""
+    kernel, vision = attention_kernel(device.type, model.dtype), model.config.vision_config._attn_implementation
+    return (
+        f"DeepSpeed ZeRO-{engine.zero_optimization_stage()} | {model.config.model_type}, {model.dtype}{masters} | "
+        f"attention: {kernel} (decoder), {vision} (vision tower) | {world_size} ranks on {device.type}"
+    )
+
+
+def memory_line(rank_peaks, device):
+    """'name 1.2 GiB, ... of 79.1 GiB' of the fullest rank. Shapes: {name: peak bytes}; all ranks call it."""
+    peaks = torch.tensor(list(rank_peaks.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    if device.type == "cuda":
+        total, where = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+    else:
+        total, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, all ranks together"
+    parts = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in zip(rank_peaks, peaks.tolist(), strict=True))
+    return f"peak of the fullest rank: {parts}; {where} has {total / 2**30:.2f} GiB"
+
+
+def peak_bytes(device):
+    """Most memory that this process has held so far: on CUDA the allocator's since the last call, else resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def out_of_memory_line(phase):
+    """Says in one line that the device is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise SystemExit(
+            f"{phase}: {str(e).splitlines()[0]}; want it to fit; try --gradient_checkpointing, a lower "
+            "--tokens_per_row, --zero_stage 3 or more GPUs"
+        ) from None
 
 
 def fill_rows(lengths, budget, device):
@@ -1278,11 +1386,13 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
     """
     generations, times = len(seeds[0]), {} if times is None else times
     stop, banned = (torch.tensor(i, device=model.device) for i in (stop_ids(tokenizer), vision_ids(tokenizer)))
-    chunk, out = max(1, batch_size // generations), []
-    for i in range(0, len(prompts), chunk):
-        state = prefill(model, prompts[i : i + chunk], seeds[i : i + chunk], max_completion_length, times)
-        with timed(times, "decode"), whole_weights(model):
+    chunks, out = range(0, len(prompts), max(1, batch_size // generations)), []
+    parts = [slice(i, i + chunks.step) for i in chunks]
+    states = [prefill(model, prompts[part], seeds[part], max_completion_length, times) for part in parts]
+    with timed(times, "decode"), whole_weights(model):
+        for state in states:
             decode(model, state, stop, banned, temperature, graphs=model.device.type == "cuda")
+    for state in states:
         finished = torch.isin(state.tokens, stop).any(-1).tolist()
         ids = [[x for x in row if x >= 0] for row in state.tokens.tolist()]
         logps = [row[: len(x)] for row, x in zip(state.logps.cpu(), ids, strict=True)]
@@ -1406,7 +1516,7 @@ def roll_out_step(model, tokenizer, samples, prompts, step, args, times):
     return groups
 
 
-def step_metrics(groups, device):
+def step_metrics(groups, reward_funcs, device):
     """Means over all completions of the step on all ranks (names are TRL's where it has one), and how many they are.
 
     Shapes: groups of this rank -> {name: float}, number of completions, number of completion tokens.
@@ -1414,7 +1524,7 @@ def step_metrics(groups, device):
     texts = [(t, g.sample) for g in groups for t in g.texts]
     values = {
         "reward": [r for g in groups for r in g.rewards],
-        **{f"rewards/{f}/mean": [r for g in groups for r in g.rewards_per_func[f]] for f in groups[0].rewards_per_func},
+        **{f"rewards/{f}/mean": [r for g in groups for r in g.rewards_per_func[f]] for f in reward_funcs},
         "acc@0.5": [iou_of(text, sample) >= 0.5 for text, sample in texts],
         "parse_rate": [parse_bbox(text, grid=sample["grid"]) is not None for text, sample in texts],
         "completions/mean_length": [len(ids) for g in groups for ids in g.completion_ids],
@@ -1440,6 +1550,37 @@ def group_row(group, step):
     return {"step": step, "id": group.sample["id"], "bbox_1000": group.sample["bbox_1000"], "completions": completions}
 
 
+def dry_run_grpo(engine, reference, tokenizer, prompt, args, device):
+    """Rollout and training pass of the largest step: the longest prompt, no completion that stops; prints the peak."""
+    model, G, C = engine.module.model, args.num_generations, args.max_completion_length
+    count = min(args.train_batch_size // dist.get_world_size(), max(1, args.rollout_batch_size // G))
+    never, banned = torch.tensor([-1], device=device), torch.tensor(vision_ids(tokenizer), device=device)
+    with out_of_memory_line("rollout"), torch.no_grad():
+        state = prefill(model, [dict(prompt) for _ in range(count)], [[str(g) for g in range(G)]] * count, C, {})
+        ids = state.tokens
+        with whole_weights(model):
+            decode(model, state, never, banned, args.temperature, graphs=device.type == "cuda")
+    del state
+    peaks, ids = {"rollout": peak_bytes(device)}, ids[:G].tolist()
+    with out_of_memory_line("training"):
+        length = len(prompt["prompt_ids"]) + G * C
+        row = pack([(prompt, ids)] * max(1, args.tokens_per_row // length), device)
+        engine.train()
+        logps = engine(row)
+        if reference is not None:
+            with torch.no_grad():
+                reference(row)
+        backward(engine, logps.sum() * 0, last=True)
+        engine.step()
+    peaks["training"] = peak_bytes(device)
+    line = memory_line(peaks, device)
+    print0(
+        f"train_grpo: rollout of {count} x {G} x {C} tokens behind {len(prompt['prompt_ids'])}, "
+        f"row of {row.input_ids.numel()} tokens: {line}"
+    )
+    dist.destroy_process_group()
+
+
 def main():
     args, start = parse_args(), time.time()
     samples = read_samples(args.data)
@@ -1462,16 +1603,22 @@ def main():
                 "timeout_minutes",
                 "rollout_batch_size",
                 "num_workers",
+                "wandb",
+                "tensorboard",
+                "dry_run_memory",
             ),
         )
     if args.train_batch_size % world_size:
         raise SystemExit(
             f"--train_batch_size {args.train_batch_size}: not a multiple of {world_size} ranks; change one of them"
         )
-    total_steps = args.max_steps or max(1, int(args.num_epochs * len(samples) / args.train_batch_size))
+    B = args.train_batch_size
+    total = args.max_steps * B if args.max_steps else max(1, int(args.num_epochs * len(samples)))
+    total_steps = math.ceil(total / B)  # the last step takes what is left
     torch.manual_seed(args.seed)
 
     tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+    lengths = []
     for s in samples[rank::world_size]:
         length = prompt_length(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX, style)
         if length > args.max_prompt_length:
@@ -1479,6 +1626,7 @@ def main():
                 f"{args.data} ({s['id']}): prompt of {length} tokens; want at most --max_prompt_length "
                 f"{args.max_prompt_length}; raise it, lower --max_pixels or drop the row; a prompt is never cut"
             )
+        lengths.append(length)
     model = load_model(args.model, args.dtype, device)
     if args.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -1487,22 +1635,26 @@ def main():
     scorer = CompletionLogProbs(model, vision_ids(tokenizer), args.temperature)
     reference = copy.deepcopy(scorer).eval().requires_grad_(False) if args.beta > 0 else None
     engine = start_engine(scorer, args)
+    print0(f"train_grpo: {run_banner(engine, device)} | reference model {'on' if reference else 'off'}")
+    if args.dry_run_memory:
+        longest = samples[rank::world_size][lengths.index(max(lengths))] if lengths else samples[0]
+        prompt = chat_inputs(tokenizer, image_processor, longest["image"], longest["question"] + R1_SUFFIX, style)
+        dry_run_grpo(engine, reference, tokenizer, prompt, args, device)
+        return
     peak = matmul_rate(device, model.dtype)
     if rank == 0:
         derived = {"world_size": world_size, "total_steps": total_steps, "rows": len(samples), "matmul_flops": peak}
-        write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
+        config = run_config(args, derived)
+        write_text(out / "run.json", json.dumps(config, indent=1) + "\n")
     state = resume(engine, out)
     first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
-    print0(
-        f"train_grpo: {len(samples)} rows, {total_steps} steps of {args.train_batch_size} x {args.num_generations}, "
-        f"{world_size} ranks, {model.dtype} on {device.type}, reference model {'on' if reference else 'off'}"
-    )
+        trackers = start_trackers(args, config, first + 1)
+    print0(f"train_grpo: {len(samples)} rows, {total_steps} steps of {B} x {args.num_generations}")
 
     # GRPO 1: the prompts of every step, this rank's share, read by threads while the model works
-    B = args.train_batch_size
     drawn = [samples[epoch_order(i, len(samples), args.seed)]
              for i in range(first * B + rank, total_steps * B, world_size)]  # fmt: skip
     inputs = prefetch(
@@ -1512,11 +1664,14 @@ def main():
     drawn = iter(drawn)
     for step in range(first + 1, total_steps + 1):
         began, times = time.time(), {}
+        heartbeat(out, rank, step, "data")
         with timed(times, "data"):
             batch, prompts = (list(itertools.islice(x, B // world_size)) for x in (drawn, inputs))
         # GRPO 2-4: completions, rewards, advantages
-        groups = roll_out_step(model, tokenizer, batch, prompts, step, args, times)
-        metrics, step_sequences, step_tokens = step_metrics(groups, device)
+        heartbeat(out, rank, step, "rollout")
+        rolled = roll_out_step(model, tokenizer, batch, prompts, step, args, times)
+        groups = rolled[: len(range((step - 1) * B + rank, min(step * B, total), world_size))]
+        metrics, step_sequences, step_tokens = step_metrics(groups, args.reward_funcs, device)
         num_tokens += step_tokens
         # a group whose completions are all equally good has no gradient, unless the KL gives it one
         taught = [g for g in groups if any(g.advantages) or args.beta]
@@ -1524,6 +1679,7 @@ def main():
         sums = {"loss": 0.0, "kl": 0.0, "clip": 0.0, "drift": 0.0, "tokens": 0.0, "row_tokens": 0.0, "flops": 0.0}
         engine.train()
         for iteration in range(args.num_iterations):
+            heartbeat(out, rank, step, "train")
             rate = learning_rate_at(
                 (step - 1) * args.num_iterations + iteration + 1, total_steps * args.num_iterations, args
             )
@@ -1531,7 +1687,7 @@ def main():
                 param_group["lr"] = rate
             for i, members in enumerate(filled):
                 with timed(times, "train"):
-                    here = [taught[m] for m in members] or [stand_in(groups[0])]
+                    here = [taught[m] for m in members] or [stand_in(rolled[0])]
                     row = pack_groups(here, device, args.freeze_vision)
                     values = row_values(here, args, step_sequences, step_tokens)
                     sampled, advantages, weights = (x.to(device) for x in values)
@@ -1551,6 +1707,7 @@ def main():
                         sums["clip"] += logged["clip"] / args.num_iterations
                         sums["drift"] += (logps.detach() - sampled).abs().sum().item() * (iteration == 0)
                         sums["tokens"] += len(logps) / args.num_iterations
+            heartbeat(out, rank, step, "optimizer")
             with timed(times, "optimizer"):
                 engine.step()  # GRPO 6: the update
         step_time = time.time() - began
@@ -1580,6 +1737,8 @@ def main():
             if args.num_iterations > 1:
                 row["clip_ratio/region_mean"] = sums["clip"] / trained
             append_row(out / "metrics.jsonl", row)
+            for track in trackers:
+                track(row)
             for group in groups[: args.log_completions]:
                 append_row(out / "samples.jsonl", group_row(group, step))
             eta = (total_steps - step) * (time.time() - start) / (step - first)
@@ -1593,6 +1752,7 @@ def main():
                 f"{step_time:.1f}s ({phases}) | mfu {row['mfu']:.2f} | eta {eta / 60:.1f} min"
             )
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
+            heartbeat(out, rank, step, "checkpoint")
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
             )

@@ -17,6 +17,8 @@ Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocab
 import argparse
 import gc
 import hashlib
+import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -24,6 +26,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -79,20 +82,29 @@ def parse_args(argv=None):
     # engine
     p.add_argument("--deepspeed", default="ds_config.json", help="DeepSpeed engine settings")
     p.add_argument(
+        "--zero_stage", type=int, choices=[1, 2, 3], help="3 shards the weights too (default: the stage of --deepspeed)"
+    )
+    p.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "bfloat16", "float32"],
         help="auto: bfloat16 on CUDA, float32 on CPU",
     )
-    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
+    p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation (NCCL, gloo)")
+    p.add_argument(
+        "--dry_run_memory", action="store_true", help="run the largest row once, print the peak memory, and stop"
+    )
     # run
     p.add_argument("--logging_steps", type=int, default=1)
+    p.add_argument("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
+    p.add_argument("--tensorboard", action="store_true", help="write them to OUTPUT_DIR/tensorboard too")
     p.add_argument("--save_steps", type=int, default=200, help="0 means no checkpoint before the end")
     p.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     if args.max_steps is not None and args.max_steps < 1:
         p.error("want --max_steps >= 1")
+    check_trackers(args)
     return args
 
 
@@ -214,6 +226,36 @@ def append_row(path, row):
     """One JSON object a line, on disk when this returns. NaN and infinity are errors, not strings."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def heartbeat(out, rank, step, phase):
+    """One line as a phase begins, in a file per rank: `tail -qn1 heartbeat-*` says where each is, or hangs."""
+    with open(Path(out) / f"heartbeat-{rank:05d}.log", "a", encoding="utf-8") as f:
+        f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} step {step} {phase}\n")
+
+
+def check_trackers(args):
+    """Stops with one line if a tracker is asked for that is not installed."""
+    for flag, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
+        if getattr(args, flag) and not importlib.util.find_spec(package):
+            raise SystemExit(f"--{flag}: no {package} in this environment; want it to log there; pip install {package}")
+
+
+def start_trackers(args, config, first_step):
+    """Functions that each send a row of metrics to a tracker. An interrupted run goes on in the same place."""
+    trackers, out = [], Path(args.output_dir)
+    if args.wandb:
+        import wandb
+
+        name = hashlib.md5(str(out.resolve()).encode()).hexdigest()[:12]
+        run = wandb.init(project=args.wandb, name=out.name, id=name, resume="allow", dir=str(out), config=config)
+        trackers.append(lambda row: run.log(row, step=row["step"]))
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
+    return trackers
 
 
 def draw_curves(metrics_path, png_path, keys):
@@ -628,14 +670,31 @@ def varlen_layout(row):
             "max_q": max(lengths_q), "max_k": max(lengths_k)}  # fmt: skip
 
 
-def attend_varlen(query, key, value, scaling, row):
-    """`attend_spans` in one call of torch's variable-length flash attention (CUDA, half precision)."""
-    from torch.nn.attention.varlen import varlen_attn
+@lru_cache
+def attention_kernel(device_type, dtype):
+    """How a packed row attends: flash_attn, or torch's varlen_attn, on CUDA in half precision; else sdpa."""
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if importlib.util.find_spec("flash_attn"):
+            return "flash_attn"
+        from torch.nn.attention import varlen
 
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.13 has it
+            return "varlen_attn"
+    return "sdpa"
+
+
+def attend_varlen(query, key, value, scaling, row, kernel):
+    """`attend_spans` in one call of a variable-length kernel; causal masks start in the lower right corner there."""
     row.varlen = layout = row.varlen or varlen_layout(row)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     k, v = k[layout["keys"]], v[layout["keys"]]
     sizes = (layout[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *sizes, softmax_scale=scaling, causal=True)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
 
 
@@ -650,8 +709,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, ro
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if cache is not None:
         cache.append((key, value))
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    return (attend_varlen if half else attend_spans)(query, key, value, scaling, row), None
+    kernel = attention_kernel(query.device.type, query.dtype)
+    if kernel == "sdpa":
+        return attend_spans(query, key, value, scaling, row), None
+    return attend_varlen(query, key, value, scaling, row, kernel), None
 
 
 def embed_images(model, row):
@@ -759,6 +820,8 @@ def start_engine(scorer, args):
             f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
         )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
+    if args.zero_stage:
+        config.setdefault("zero_optimization", {})["stage"] = args.zero_stage
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop says which backward pass is the last, see `backward`
@@ -768,6 +831,51 @@ def start_engine(scorer, args):
     trained = [p for p in scorer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
+
+
+def run_banner(engine, device):
+    """What a run computes with: engine, attention, precision, ranks."""
+    model, world_size = engine.module.model, dist.get_world_size()
+    masters = ", fp32 master weights" if model.dtype == torch.bfloat16 else ""
+    kernel, vision = attention_kernel(device.type, model.dtype), model.config.vision_config._attn_implementation
+    return (
+        f"DeepSpeed ZeRO-{engine.zero_optimization_stage()} | {model.config.model_type}, {model.dtype}{masters} | "
+        f"attention: {kernel} (decoder), {vision} (vision tower) | {world_size} ranks on {device.type}"
+    )
+
+
+def memory_line(rank_peaks, device):
+    """'name 1.2 GiB, ... of 79.1 GiB' of the fullest rank. Shapes: {name: peak bytes}; all ranks call it."""
+    peaks = torch.tensor(list(rank_peaks.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    if device.type == "cuda":
+        total, where = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+    else:
+        total, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine, all ranks together"
+    parts = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in zip(rank_peaks, peaks.tolist(), strict=True))
+    return f"peak of the fullest rank: {parts}; {where} has {total / 2**30:.2f} GiB"
+
+
+def peak_bytes(device):
+    """Most memory that this process has held so far: on CUDA the allocator's since the last call, else resident."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def out_of_memory_line(phase):
+    """Says in one line that the device is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise SystemExit(
+            f"{phase}: {str(e).splitlines()[0]}; want it to fit; try --gradient_checkpointing, a lower "
+            "--tokens_per_row, --zero_stage 3 or more GPUs"
+        ) from None
 
 
 def fill_rows(lengths, budget, device):
@@ -918,6 +1026,20 @@ def encode_row(sample, tokenizer, image_processor, target, style):
     return inputs, [tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)]
 
 
+def dry_run_sft(engine, item, args, device):
+    """One forward and backward pass of the largest row, and an update that changes nothing; prints the peak."""
+    inputs, [completion] = item
+    length = len(inputs["prompt_ids"]) + len(completion)
+    with out_of_memory_line("training"):
+        row = pack([item] * max(1, args.tokens_per_row // length), device)
+        engine.train()
+        backward(engine, engine(row).sum() * 0, last=True)
+        engine.step()
+    line = memory_line({"training": peak_bytes(device)}, device)
+    print0(f"train_sft: row of {row.input_ids.numel()} tokens, the longest sample has {length}: {line}")
+    dist.destroy_process_group()
+
+
 def main():
     args, start = parse_args(), time.time()
     samples = read_samples(args.data)
@@ -933,7 +1055,17 @@ def main():
         same_config(
             out,
             args,
-            ignore=("output_dir", "logging_steps", "save_steps", "save_total_limit", "timeout_minutes", "num_workers"),
+            ignore=(
+                "output_dir",
+                "logging_steps",
+                "save_steps",
+                "save_total_limit",
+                "timeout_minutes",
+                "num_workers",
+                "wandb",
+                "tensorboard",
+                "dry_run_memory",
+            ),
         )
     if args.train_batch_size % world_size:
         raise SystemExit(
@@ -945,10 +1077,13 @@ def main():
     lengths = broadcast(
         [row_length(s, tokenizer, image_processor, args.target, style) for s in samples] if rank == 0 else None
     )
-    kept = [s for s, length in zip(samples, lengths, strict=True) if length <= args.max_length]
+    fitting = [(length, s) for s, length in zip(samples, lengths, strict=True) if length <= args.max_length]
+    kept = [s for _, s in fitting]
     if not kept:
         raise SystemExit(f"{args.data}: all {len(samples)} rows exceed --max_length {args.max_length}; raise it")
-    total_steps = args.max_steps or max(1, int(args.num_epochs * len(kept) / args.train_batch_size))
+    n = args.train_batch_size
+    total = args.max_steps * n if args.max_steps else max(1, int(args.num_epochs * len(kept)))
+    total_steps = math.ceil(total / n)  # the last step takes what is left
 
     model = load_model(args.model, args.dtype, device)
     if args.freeze_vision:
@@ -956,6 +1091,11 @@ def main():
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = start_engine(CompletionLogProbs(model), args)
+    print0(f"train_sft: {run_banner(engine, device)}")
+    if args.dry_run_memory:
+        longest = max(fitting, key=lambda pair: pair[0])[1]
+        dry_run_sft(engine, encode_row(longest, tokenizer, image_processor, args.target, style), args, device)
+        return
     if rank == 0:
         derived = {
             "world_size": world_size,
@@ -963,17 +1103,18 @@ def main():
             "rows": len(kept),
             "matmul_flops": matmul_rate(device, model.dtype),
         }
-        write_text(out / "run.json", json.dumps(run_config(args, derived), indent=1) + "\n")
+        config = run_config(args, derived)
+        write_text(out / "run.json", json.dumps(config, indent=1) + "\n")
     state = resume(engine, out)
     first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
+        trackers = start_trackers(args, config, first + 1)
     print0(
         f"train_sft: {len(kept)} rows ({len(samples) - len(kept)} over {args.max_length} tokens skipped), "
-        f"{total_steps} steps of {args.train_batch_size}, {world_size} ranks, {model.dtype} on {device.type}"
+        f"{total_steps} steps of {n}"
     )
 
-    n = args.train_batch_size
     order = [
         epoch_order(i, len(kept), args.seed)
         for s in range(first, total_steps)
@@ -988,11 +1129,14 @@ def main():
         rate = learning_rate_at(step, total_steps, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
+        heartbeat(out, rank, step, "data")
         with timed(seconds, "data"):
             items = list(itertools.islice(encoded, n // world_size))
-            (tokens,) = all_sum([sum(len(ids) for _, [ids] in items)], device)
-            filled = fill_rows([len(x["prompt_ids"]) + len(ids) for x, [ids] in items], args.tokens_per_row, device)
+            counted = items[: len(range((step - 1) * n + rank, min(step * n, total), world_size))]
+            (tokens,) = all_sum([sum(len(ids) for _, [ids] in counted)], device)
+            filled = fill_rows([len(x["prompt_ids"]) + len(ids) for x, [ids] in counted], args.tokens_per_row, device)
         total_loss = 0.0
+        heartbeat(out, rank, step, "train")
         for i, members in enumerate(filled):
             with timed(seconds, "train"):
                 row = pack([items[m] for m in members or [0]], device)
@@ -1002,6 +1146,7 @@ def main():
                 backward(engine, loss, last=i == len(filled) - 1)
             if members:
                 row_tokens, flops = row_tokens + row.input_ids.numel(), flops + train_flops(model, row)
+        heartbeat(out, rank, step, "optimizer")
         with timed(seconds, "optimizer"):
             engine.step()
         (total_loss,) = all_sum([total_loss], device)
@@ -1018,13 +1163,15 @@ def main():
                 "grad_norm": float(engine.get_global_grad_norm() or 0.0),
                 "learning_rate": rate,
                 "num_tokens": num_tokens,
-                "epoch": step * n / len(kept),
+                "epoch": min(step * n, total) / len(kept),
                 "step_time": elapsed / args.logging_steps,
                 **{f"time/{phase}": s / args.logging_steps for phase, s in seconds.items()},
                 "tokens_per_second": row_tokens / elapsed,
                 "mfu": flops / elapsed / derived["matmul_flops"],
             }
             append_row(out / "metrics.jsonl", row)
+            for track in trackers:
+                track(row)
             eta = (total_steps - step) * (time.time() - start) / max(1, step - first)
             print0(
                 f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | "
@@ -1033,6 +1180,7 @@ def main():
             )
             since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
         if args.save_steps and step % args.save_steps == 0 and step < total_steps:
+            heartbeat(out, rank, step, "checkpoint")
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
             )

@@ -1,14 +1,36 @@
-"""train_grpo.py with rewards that a random model can earn: `letters`, and `some`, which pays on every second row."""
+"""train_grpo.py with rewards that a random model can earn, and the cases in which ranks differ:
 
+letters   the share of letters
+some      the same on every second row, else 0
+one_rank  the same on rank 0, else 0: the groups of the other ranks teach nothing
+none      0
+absent    rank 1 stays away for two minutes
+"""
+
+import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_grpo  # noqa: E402
 
-train_grpo.REWARDS["letters"] = lambda text, sample, args: min(1.0, sum(c.isalpha() for c in text) / 60)
-train_grpo.REWARDS["some"] = lambda text, sample, args: (
-    0.0 if sum(map(ord, sample["id"])) % 2 else train_grpo.REWARDS["letters"](text, sample, args)
-)
+
+def letters(text, sample, args):
+    return min(1.0, sum(c.isalpha() for c in text) / 60)
+
+
+def absent(text, sample, args):
+    time.sleep(120 if os.environ.get("RANK") == "1" else 0)
+    return 0.0
+
+
+train_grpo.REWARDS |= {
+    "letters": letters,
+    "some": lambda text, sample, args: sum(map(ord, sample["id"])) % 2 * letters(text, sample, args),
+    "one_rank": lambda text, sample, args: letters(text, sample, args) * (os.environ.get("RANK", "0") == "0"),
+    "none": lambda text, sample, args: 0.0,
+    "absent": absent,
+}
 if __name__ == "__main__":
     train_grpo.main()
