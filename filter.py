@@ -1,14 +1,20 @@
-"""Drops bad chains of thought (--stage cot), and keeps the samples that RL can learn from (--stage grpo).
+"""Drops bad chains of thought (--stage cot), keeps what RL can learn from (grpo), asks what a model knows (probe).
 
-reads   --samples: samples.jsonl of gen_cot.py (cot) or synth_data.py (grpo, with --model: the stage-1 model)
-writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo also pass_rate.png and mastery.json
+reads   --samples: samples.jsonl of gen_cot.py (cot) or synth_data.py (grpo, with --model: the stage-1 model; probe)
+writes  --out: samples.jsonl, rejected.jsonl (with the reason), stats.json; grpo also pass_rate.png and mastery.json;
+        probe: mastery.json and stats.json alone
 
   smoke    python filter.py --stage cot --samples runs/toy/gen_cot/samples.jsonl --out runs/cot_kept
   1 GPU    python filter.py --stage grpo --model runs/cot_sft/final --samples runs/synth2/samples.jsonl --out ...
   8 GPUs   torchrun --nproc_per_node 8 filter.py --stage grpo --model ... --samples ... --out runs/grpo_data
+  probe    python filter.py --stage probe --model Qwen/Qwen2-VL-7B-Instruct --samples ... --out runs/probe
 
 The paper (arXiv 2503.12797) rolls the stage-1 model out 4 times per sample and drops 4/4 (trivial) and 0/4 (too hard).
 Its threshold and temperature are not stated: ours are IoU >= 0.5, as in the benchmark, and 1. It filters no chains.
+mastery.json says how well each entity is known, for train_grpo.py: the mean pass rate of its samples (grpo), or the
+share of 4-choice questions answered right (probe). The paper (v3, KARL) probes: up to 50 single-entity images of each
+entity, distractors of the same kind, asked of the base Instruct model; its prompt is not published. Here a picture is
+the entity's box cut out of a composite, one per source image, and the distractors are other entities of its category.
 """
 
 import argparse
@@ -19,7 +25,9 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
+import random
 import re
 import sys
 import time
@@ -42,7 +50,10 @@ from tqdm import tqdm
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument(
-        "--stage", required=True, choices=["cot", "grpo"], help="check chains of thought, or difficulty for RL"
+        "--stage",
+        required=True,
+        choices=["cot", "grpo", "probe"],
+        help="check chains of thought, difficulty for RL, or what a model knows of each entity",
     )
     p.add_argument("--samples", required=True, help="samples.jsonl")
     p.add_argument("--out", required=True, help="output folder; an interrupted run is continued")
@@ -50,13 +61,14 @@ def parse_args(argv=None):
     p.add_argument("--min_words", type=int, default=10, help="of a chain of thought")
     p.add_argument("--max_words", type=int, default=600, help="of a chain of thought")
     p.add_argument("--max_repeats", type=int, default=3, help="times a line of a chain may occur; loops repeat theirs")
-    # --stage grpo
-    p.add_argument("--model", help="the stage-1 model")
+    # --stage grpo, --stage probe
+    p.add_argument("--model", help="grpo: the stage-1 model; probe: the model that is asked (paper: the base Instruct)")
+    p.add_argument("--max_per_entity", type=int, default=50, help="probe: most questions per entity (paper: 50)")
     p.add_argument("--num_rollouts", type=int, default=4, help="k per sample (paper: 4)")
     p.add_argument("--min_correct", type=int, default=1, help="fewest correct of k to keep (paper: 1)")
     p.add_argument("--max_correct", type=int, help="most correct of k to keep (default and paper: k - 1)")
     p.add_argument("--temperature", type=float, default=1.0, help="of the sampler; the paper does not state it")
-    p.add_argument("--max_completion_length", type=int, default=512, help="tokens")
+    p.add_argument("--max_completion_length", type=int, help="tokens (default: 512, probe 32)")
     p.add_argument("--batch_size", type=int, default=256, help="sequences decoded at once on one rank")
     p.add_argument("--num_workers", type=int, default=2, help="threads that read images ahead, per rank")
     p.add_argument("--max_pixels", type=int, default=401408, help="pixel cap of an image")
@@ -69,8 +81,11 @@ def parse_args(argv=None):
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
-    if args.stage == "grpo" and not args.model:
-        p.error("--stage grpo rolls the stage-1 model out; want --model")
+    if args.stage != "cot" and not args.model:
+        p.error(f"--stage {args.stage} rolls a model out; want --model")
+    if args.max_per_entity < 1:
+        p.error(f"--max_per_entity {args.max_per_entity}; want at least 1")
+    args.max_completion_length = args.max_completion_length or (32 if args.stage == "probe" else 512)
     args.max_correct = args.num_rollouts - 1 if args.max_correct is None else args.max_correct
     if args.num_rollouts < 2 or not 0 <= args.min_correct <= args.max_correct <= args.num_rollouts:
         p.error("want --num_rollouts >= 2 and 0 <= --min_correct <= --max_correct <= --num_rollouts")
@@ -703,6 +718,25 @@ def box_iou(a, b):
 # <<< shared:answer_format
 
 
+# >>> shared:levels (copy of train_grpo.py)
+# KARL (arXiv 2503.12797 v3): what a model knows of an entity, in five levels, and what that does to its IoU reward
+LEVELS = {  # level: mastery from, s+ (times a hit's IoU), s- (instead of a miss's 0)
+    "completely correct": (0.70, 0.65, -0.6),
+    "mostly correct": (0.45, 0.85, -0.5),
+    "partially correct": (0.30, 1.0, -0.4),
+    "mostly incorrect": (0.10, 1.2, -0.2),
+    "completely incorrect": (0.0, 1.4, 0.0),
+}
+
+
+def level_of(mastery):
+    """Level of a mastery of 0..1."""
+    return next(level for level, (at_least, _, _) in LEVELS.items() if mastery >= at_least)
+
+
+# <<< shared:levels
+
+
 # >>> shared:sampling (copy of train_grpo.py)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -1018,44 +1052,150 @@ def draw_pass_rates(rates, k, kept, path):
     plt.close(figure)
 
 
-def measure_pass_rates(samples, args, out):
-    """{id: correct of k} by rollouts of the model; every rank appends what it finished, so a killed run goes on."""
+# ---- the model's answers ----
+def measure(questions, args, out, generations, temperature, score):
+    """{id: score(question, texts)} by rollouts; every rank appends what it finished, so that a killed run goes on.
+
+    Shapes: questions: dicts with id, image, text, and bbox_px if the image is cut to it -> texts: G strings.
+    """
     style = check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         same_config(out, args, ignore=("out", "batch_size", "timeout_minutes", "num_workers"))
     dist.barrier()
-    done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    done = {r["id"]: r for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
     dist.barrier()
-    todo = [s for s in samples if s["id"] not in done][rank::world_size]
+    todo = [q for q in questions if q["id"] not in done][rank::world_size]
     if todo:
         tokenizer, image_processor = load_processors(args.model, args.max_pixels)
         model = load_model(args.model, args.dtype, device)
-        inputs = prefetch(
-            lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX, style),
-            todo, args.num_workers, args.batch_size,
-        )  # fmt: skip
-    chunk = max(1, args.batch_size // args.num_rollouts)
+
+        def model_inputs(q):
+            image = crop(q["image"], q["bbox_px"]) if "bbox_px" in q else q["image"]
+            return chat_inputs(tokenizer, image_processor, image, q["text"], style)
+
+        inputs = prefetch(model_inputs, todo, args.num_workers, args.batch_size)
+    chunk = max(1, args.batch_size // generations)
     with open(out / f"part-{rank}.jsonl", "a", encoding="utf-8") as f:
         for i in tqdm(range(0, len(todo), chunk), disable=rank > 0 or not sys.stderr.isatty(), desc="filter"):
             batch, prompts = todo[i : i + chunk], list(itertools.islice(inputs, chunk))
-            seeds = [[f"{args.seed}:filter:{s['id']}:{g}" for g in range(args.num_rollouts)] for s in batch]
-            rolled = rollout(
-                model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature, args.batch_size
-            )
-            for s, prompt, completions in zip(batch, prompts, rolled, strict=True):
+            seeds = [[f"{args.seed}:filter:{q['id']}:{g}" for g in range(generations)] for q in batch]
+            rolled = rollout(model, tokenizer, prompts, seeds, args.max_completion_length, temperature, args.batch_size)
+            for q, prompt, completions in zip(batch, prompts, rolled, strict=True):
                 texts = [completion_text(tokenizer, ids) for ids, _, _ in completions]
-                boxes = [parse_bbox(text, grid=prompt["grid"]) for text in texts]
-                correct = sum(b is not None and box_iou(b, s["bbox_1000"]) >= 0.5 for b in boxes)
-                f.write(
-                    json.dumps({"id": s["id"], "correct": correct, "parsed": sum(b is not None for b in boxes)}) + "\n"
-                )
+                scored = score(q | {"grid": prompt["grid"]}, texts)
+                f.write(json.dumps({"id": q["id"]} | scored, ensure_ascii=False) + "\n")
             f.flush()
     dist.barrier()
-    done = {r["id"]: r["correct"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    done = {r["id"]: r for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
     dist.barrier()
     return done, rank
+
+
+# ---- probe: which entities does the model know? ----
+def crop(image, bbox_px):
+    """PNG bytes of a box and a margin of 5 % of its sides, within the image."""
+    picture, (x1, y1, x2, y2) = load_image(image), bbox_px
+    dx, dy = 0.05 * (x2 - x1), 0.05 * (y2 - y1)
+    low = max(0, math.floor(x1 - dx)), max(0, math.floor(y1 - dy))
+    high = min(picture.width, math.ceil(x2 + dx)), min(picture.height, math.ceil(y2 + dy))
+    buffer = io.BytesIO()
+    picture.crop((*low, *high)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def probe_questions(samples, args):
+    """One question per occurrence of an entity in another source image, at most --max_per_entity of each, in row order.
+
+    Options are the entity and up to three others of its category, drawn from (seed, row, entity). Errors: one line for
+    a row without entities and for an entity that has no other to be told from.
+    """
+    names, asked, questions = defaultdict(set), defaultdict(set), []
+    for s in samples:
+        if not s["category"] or not s["row"].get("entities"):
+            raise SystemExit(f"{args.samples} ({s['id']}): no category or no entities; want rows of synth_data.py")
+        names[s["category"]] |= {e["entity"] for e in s["row"]["entities"]}
+    if alone := [category for category, entities in names.items() if len(entities) < 2]:
+        raise SystemExit(f"{args.samples}: one entity of category {alone[0]!r}; want two to choose from; drop its rows")
+    for s in samples:
+        for e in s["row"]["entities"]:
+            entity = e["entity"]
+            source = e.get("source", s["image_id"])
+            if source in asked[entity] or len(asked[entity]) == args.max_per_entity:
+                continue
+            asked[entity].add(source)
+            rng = random.Random(f"{args.seed}:probe:{s['id']}:{entity}")
+            others = sorted(names[s["category"]] - {entity})
+            options = rng.sample(others, min(3, len(others)))
+            options.insert(rng.randint(0, len(options)), entity)
+            listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+            questions.append(
+                {
+                    "id": f"{s['id']}:{entity}",
+                    "entity": entity,
+                    "options": options,
+                    "image": s["image"],
+                    "bbox_px": e["bbox_px"],
+                    "text": f"Which {s['category']} is this?{listed}\nAnswer with the letter of one option.",
+                }
+            )
+    return questions
+
+
+def chosen_option(text, options):
+    """The option that an answer names, or None: its letter alone, as B, B. or (B), or with that option's own text."""
+    match = re.fullmatch(r"\(([A-D])\)(.*)|([A-D])(?:[.:)](.*))?", text.strip(), re.S)
+    letter, rest = ((match[1] or match[3]), (match[2] or match[4] or "")) if match else ("", "")
+    option = dict(zip("ABCD", options, strict=False)).get(letter)
+    return option if rest.strip() in ("", ".", option, f"{option}.") else None
+
+
+def probe(samples, args, out):
+    """Asks all questions; writes mastery.json and stats.json."""
+    start, questions = time.time(), probe_questions(samples, args)
+
+    def score(question, texts):
+        chosen, chance = chosen_option(texts[0], question["options"]), 1 / len(question["options"])
+        correct = chosen == question["entity"]
+        return {"correct": correct, "parsed": chosen is not None, "chance": chance, "text": texts[0]}
+
+    def mean(rows, key):
+        return sum(r[key] for r in rows) / len(rows)
+
+    answers, rank = measure(questions, args, out, generations=1, temperature=0, score=score)
+    if rank > 0:
+        return
+    by_entity, mastery = defaultdict(list), {}
+    for q in questions:
+        by_entity[q["entity"]].append(answers[q["id"]])
+    for entity, rows in sorted(by_entity.items()):
+        mastery[entity] = {
+            "mastery": mean(rows, "correct"),
+            "n": len(rows),
+            "parsed": sum(r["parsed"] for r in rows),
+            "chance": mean(rows, "chance"),
+            "level": level_of(mean(rows, "correct")),
+        }
+    asked = [answers[q["id"]] for q in questions]
+    levels = Counter(m["level"] for m in mastery.values())
+    stats = {
+        "entities": len(mastery),
+        "questions": len(asked),
+        "accuracy": mean(asked, "correct"),
+        "parse_rate": mean(asked, "parsed"),
+        "chance": mean(asked, "chance"),
+        "levels": {level: levels[level] for level in LEVELS},
+        "seconds": round(time.time() - start, 1),
+    }
+    write_text(out / "mastery.json", json.dumps(mastery, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "stats.json", json.dumps(stats, indent=1) + "\n")
+    print(
+        f"filter: {len(mastery)} entities, {len(asked)} questions, right {stats['accuracy']:.1%} (chance "
+        f"{stats['chance']:.1%}), parsed {stats['parse_rate']:.1%}, {stats['seconds']} s -> {out / 'mastery.json'}"
+    )
+    if stats["parse_rate"] < 0.9:  # an answer that is no letter counts as wrong
+        print(f"filter: this model often does not answer by a letter; its mastery is too low; see {out}/part-*.jsonl")
 
 
 def main():
@@ -1066,6 +1206,9 @@ def main():
         raise SystemExit(f"{args.samples}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice; want unique ids")
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None or "images" not in s["row"]]:
         raise SystemExit(f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py")
+    if args.stage == "probe":
+        probe(samples, args, out)
+        return dist.destroy_process_group()
     kept, rejected, stats = [], [], {}
     if args.stage == "cot":
         seen = set()
@@ -1073,10 +1216,17 @@ def main():
             rule = broken_rule(s, seen, args)
             (rejected if rule else kept).append(moved(s["row"], args.samples, out) | ({"reason": rule} if rule else {}))
     else:
-        correct, rank = measure_pass_rates(samples, args, out)
+
+        def score(question, texts):
+            boxes = [box for text in texts if (box := parse_bbox(text, grid=question["grid"]))]
+            correct = sum(box_iou(box, question["bbox_1000"]) >= 0.5 for box in boxes)
+            return {"correct": correct, "parsed": len(boxes)}
+
+        questions = [s | {"text": s["question"] + R1_SUFFIX} for s in samples]
+        answers, rank = measure(questions, args, out, args.num_rollouts, args.temperature, score)
         by_entity = defaultdict(list)
         for s in samples:
-            k = correct[s["id"]]
+            k = answers[s["id"]]["correct"]
             row = moved(s["row"], args.samples, out) | {
                 "pass_rate": k / args.num_rollouts,
                 "num_rollouts": args.num_rollouts,
@@ -1084,7 +1234,7 @@ def main():
             reason = "too hard" if k < args.min_correct else "trivial" if k > args.max_correct else None
             (rejected if reason else kept).append(row | ({"reason": reason} if reason else {}))
             by_entity[s["entity"]].append(row["pass_rate"])
-        stats["pass_rate"] = sum(correct[s["id"]] for s in samples) / args.num_rollouts / len(samples)
+        stats["pass_rate"] = sum(answers[s["id"]]["correct"] for s in samples) / args.num_rollouts / len(samples)
     if rank == 0:
         stats |= {
             "rows": len(samples),
@@ -1094,7 +1244,8 @@ def main():
         }
         write_text(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
         if args.stage == "grpo":
-            mastery = {e: {"pass_rate": sum(r) / len(r), "n": len(r)} for e, r in sorted(by_entity.items())}
+            means = {e: (sum(r) / len(r), len(r)) for e, r in sorted(by_entity.items())}
+            mastery = {e: {"mastery": m, "n": n, "level": level_of(m)} for e, (m, n) in means.items()}
             write_text(out / "mastery.json", json.dumps(mastery, indent=1, ensure_ascii=False) + "\n")
             rates, good = [r["pass_rate"] for r in kept + rejected], range(args.min_correct, args.max_correct + 1)
             draw_pass_rates(rates, args.num_rollouts, good, out / "pass_rate.png")

@@ -13,6 +13,8 @@ Paper defaults (arXiv 2503.12797 and its released trainer): 16 prompts a step, G
 new tokens, IoU reward above 0.8, advantage (r - mean) / (std + 1e-4), loss averaged per sequence. Differences: beta is
 0 (0.04 there), so that no reference model is needed; both halves of the format reward can be paid; a box counts only in
 the strict grammar below; the sampled ids are the trained ids, scored with the sampler's temperature and banned tokens.
+--knowledge mastery.json makes it knowledge-aware (KARL, v3 of the paper): entities that the model knows less are pulled
+up more and punished less. --knowledge_form reward is as published, advantage is what it means to do; see the README.
 Nothing is computed twice: a prompt and its image go through the model once in the rollout and once in the loss, however
 many completions they have (PackedRow); groups without an advantage are not trained on.
 Shapes: B prompts, G completions per prompt, R = B x G rows of the rollout, P prompt tokens, C completion tokens,
@@ -80,6 +82,13 @@ def parse_args(argv=None):
     p.add_argument("--reward_weights", nargs="+", type=float, help="one per reward (default: 1)")
     p.add_argument(
         "--iou_threshold", type=float, default=0.8, help="iou pays IoU, binary pays 1, above this (released code: 0.8)"
+    )
+    p.add_argument("--knowledge", help="mastery.json of filter.py, or KARL's own: how well each entity is known")
+    p.add_argument(
+        "--knowledge_form",
+        choices=["advantage", "reward"],
+        help="what the knowledge scales (default: advantage; reward, as KARL published it with --iou_threshold 0.65, "
+        "nearly cancels when the group is normalised)",
     )
     # GRPO
     p.add_argument(
@@ -160,6 +169,11 @@ def parse_args(argv=None):
             f"--reward_weights: {len(args.reward_weights)} weights for {len(args.reward_funcs)} rewards; want one each"
         )
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
+    if args.knowledge_form and not args.knowledge:
+        p.error(f"--knowledge_form {args.knowledge_form}: no --knowledge; want a mastery.json of filter.py")
+    if args.knowledge_form == "reward" and "iou" not in args.reward_funcs:
+        p.error(f"--knowledge_form reward: no iou in --reward_funcs {' '.join(args.reward_funcs)}; it scales no other")
+    args.knowledge_form = args.knowledge_form or ("advantage" if args.knowledge else None)
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     check_trackers(args)
     return args
@@ -1111,16 +1125,42 @@ def box_iou(a, b):
 # <<< shared:answer_format
 
 
-# ---- rewards: completion text, sample, args -> 0..1 ----
+# >>> shared:levels (source)
+# KARL (arXiv 2503.12797 v3): what a model knows of an entity, in five levels, and what that does to its IoU reward
+LEVELS = {  # level: mastery from, s+ (times a hit's IoU), s- (instead of a miss's 0)
+    "completely correct": (0.70, 0.65, -0.6),
+    "mostly correct": (0.45, 0.85, -0.5),
+    "partially correct": (0.30, 1.0, -0.4),
+    "mostly incorrect": (0.10, 1.2, -0.2),
+    "completely incorrect": (0.0, 1.4, 0.0),
+}
+
+
+def level_of(mastery):
+    """Level of a mastery of 0..1."""
+    return next(level for level, (at_least, _, _) in LEVELS.items() if mastery >= at_least)
+
+
+# <<< shared:levels
+
+
+# ---- rewards: completion text, sample, args -> 0..1 (iou with --knowledge_form reward: -0.6..1) ----
 def iou_of(text, sample):
     bbox_1000 = parse_bbox(text, grid=sample["grid"])
     return 0.0 if bbox_1000 is None else box_iou(bbox_1000, sample["bbox_1000"])
 
 
 def iou_reward(text, sample, args):
-    """IoU where it exceeds the threshold, else 0 (the paper's reward)."""
+    """IoU where it exceeds the threshold, else 0 (the paper's reward).
+
+    --knowledge_form reward: s+ times IoU, at most 1, else s-; no closed answer block: 0, no penalty.
+    Source: KARL-verl, verl/utils/reward_score/kvg_reward-knowledge.py.
+    """
     iou = iou_of(text, sample)
-    return iou if iou > args.iou_threshold else 0.0
+    _, hit, miss = LEVELS[sample["level"]] if args.knowledge_form == "reward" else (None, 1.0, 0.0)
+    if iou > args.iou_threshold:
+        return min(1.0, hit * iou)
+    return miss if re.search("<answer>.*?</answer>", text, re.S) else 0.0
 
 
 def dense_iou_reward(text, sample, args):
@@ -1141,6 +1181,47 @@ def format_reward(text, sample, args):
 
 
 REWARDS = {"iou": iou_reward, "dense_iou": dense_iou_reward, "binary": binary_reward, "format": format_reward}
+
+
+# ---- knowledge ----
+def read_levels(path, samples):
+    """Level of the target of every sample. Reads mastery.json of filter.py, and KARL's own, which names the level.
+
+    Errors: one line for a file or an entry that is none, and for a target that is not in it: KARL's released code takes
+    such an entity for completely incorrect, without a word.
+    """
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: unreadable ({e}); want mastery.json; make it with filter.py") from None
+    levels = {}
+    for entity, entry in table.items() if isinstance(table, dict) else [("all", table)]:
+        found = entry if isinstance(entry, dict) else {}
+        mastery, level = found.get("mastery"), found.get("knowledge_category")
+        if isinstance(mastery, (int, float)) and 0 <= mastery <= 1:
+            level = level_of(mastery)
+        if level not in LEVELS:
+            raise SystemExit(
+                f"{path} ({entity}): {str(entry)[:80]}; want mastery, 0 to 1, or knowledge_category, one of "
+                f"{', '.join(LEVELS)}; make it with filter.py"
+            )
+        levels[entity] = level
+    if missing := sorted({str(s["entity"]) for s in samples} - set(levels)):
+        raise SystemExit(
+            f"{path}: {len(missing)} entities of the data are not in it, such as {missing[0]!r}; want all; "
+            "measure them with filter.py, or drop their rows"
+        )
+    return [levels[s["entity"]] for s in samples]
+
+
+def knowledge_weights(advantages, level):
+    """What advantages are multiplied by: s+ where positive, s- over the middle level's where negative, 1 where 0.
+
+    After the group is normalised, so that nothing cancels: 0.65 to 1.4 on what is right, 1.5 to 0 on what is wrong.
+    """
+    _, hit, miss = LEVELS[level]
+    wrong = abs(miss / LEVELS["partially correct"][2])
+    return [hit if a > 0 else wrong if a < 0 else 1.0 for a in advantages]
 
 
 # >>> shared:sampling (source)
@@ -1417,6 +1498,7 @@ class Group:
     texts: list  # G strings
     rewards_per_func: dict = field(default_factory=dict)  # name -> G floats
     rewards: list = field(default_factory=list)  # G floats
+    weights: list = field(default_factory=list)  # G floats that the advantages were multiplied by (knowledge), or none
     advantages: list = field(default_factory=list)  # G floats
 
     @property
@@ -1512,11 +1594,14 @@ def roll_out_step(model, tokenizer, samples, prompts, step, args, times):
             group.rewards = [sum(w * r for w, r in zip(args.reward_weights, per, strict=True))
                              for per in zip(*group.rewards_per_func.values(), strict=True)]  # fmt: skip
             group.advantages = group_advantages(group.rewards, args.scale_rewards)
+            if args.knowledge_form == "advantage":
+                group.weights = knowledge_weights(group.advantages, sample["level"])
+                group.advantages = [w * a for w, a in zip(group.weights, group.advantages, strict=True)]
             groups.append(group)
     return groups
 
 
-def step_metrics(groups, reward_funcs, device):
+def step_metrics(groups, args, device):
     """Means over all completions of the step on all ranks (names are TRL's where it has one), and how many they are.
 
     Shapes: groups of this rank -> {name: float}, number of completions, number of completion tokens.
@@ -1524,11 +1609,16 @@ def step_metrics(groups, reward_funcs, device):
     texts = [(t, g.sample) for g in groups for t in g.texts]
     values = {
         "reward": [r for g in groups for r in g.rewards],
-        **{f"rewards/{f}/mean": [r for g in groups for r in g.rewards_per_func[f]] for f in reward_funcs},
+        **{f"rewards/{f}/mean": [r for g in groups for r in g.rewards_per_func[f]] for f in args.reward_funcs},
         "acc@0.5": [iou_of(text, sample) >= 0.5 for text, sample in texts],
         "parse_rate": [parse_bbox(text, grid=sample["grid"]) is not None for text, sample in texts],
         "completions/mean_length": [len(ids) for g in groups for ids in g.completion_ids],
         "completions/clipped_ratio": [not end for g in groups for end in g.finished],
+        **(
+            {"knowledge/weight_mean": [w for g in groups for w in g.weights]}
+            if args.knowledge_form == "advantage"
+            else {}
+        ),
     }
     constant = sum(max(g.rewards) == min(g.rewards) for g in groups)
     squares = sum(r * r for r in values["reward"])
@@ -1547,7 +1637,8 @@ def group_row(group, step):
         | {name: values[i] for name, values in group.rewards_per_func.items()}
         for i, (t, r, a) in enumerate(zip(group.texts, group.rewards, group.advantages, strict=True))
     ]
-    return {"step": step, "id": group.sample["id"], "bbox_1000": group.sample["bbox_1000"], "completions": completions}
+    about = {key: group.sample[key] for key in ("id", "bbox_1000", "level") if key in group.sample}
+    return {"step": step, **about, "completions": completions}
 
 
 def dry_run_grpo(engine, reference, tokenizer, prompt, args, device):
@@ -1587,6 +1678,9 @@ def main():
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
         box = "<|box_start|>(x1,y1),(x2,y2)<|box_end|>"
         raise SystemExit(f"{args.data} ({missing[0]}): no box in the answer; want {box}; mend or drop the row")
+    if args.knowledge:
+        levels = read_levels(args.knowledge, samples)
+        samples = [s | {"level": level} for s, level in zip(samples, levels, strict=True)]
     style = check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
@@ -1671,7 +1765,7 @@ def main():
         heartbeat(out, rank, step, "rollout")
         rolled = roll_out_step(model, tokenizer, batch, prompts, step, args, times)
         groups = rolled[: len(range((step - 1) * B + rank, min(step * B, total), world_size))]
-        metrics, step_sequences, step_tokens = step_metrics(groups, args.reward_funcs, device)
+        metrics, step_sequences, step_tokens = step_metrics(groups, args, device)
         num_tokens += step_tokens
         # a group whose completions are all equally good has no gradient, unless the KL gives it one
         taught = [g for g in groups if any(g.advantages) or args.beta]

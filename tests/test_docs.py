@@ -72,7 +72,7 @@ def test_every_metric_is_in_the_readme():
         text = (ROOT / script).read_text()
         body = text[text.index("def main()") :] + text[text.find("def step_metrics") :][:3000]
         for key in re.findall(
-            r'"((?:completions|sampling|clip_ratio)/[a-z_]+|[a-z_]*(?:loss|reward_std|num_tokens|parse_rate|grad_norm|_time))":',
+            r'"((?:completions|sampling|clip_ratio|knowledge)/[a-z_]+|[a-z_]*(?:loss|reward_std|num_tokens|parse_rate|grad_norm|_time))":',
             body,
         ):
             assert f"`{key}`" in readme, f"{script} logs {key}, README does not explain it"

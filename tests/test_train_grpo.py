@@ -25,7 +25,7 @@ SAMPLE = {"bbox_1000": [10, 20, 300, 400], "grid": (1000, 1000), "style": g.BOX_
 def arguments(**changes):
     base = dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type="grpo", max_completion_length=16, iou_threshold=0.8,
                 temperature=1.0, reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group",
-                num_generations=4, seed=0, rollout_batch_size=64)  # fmt: skip
+                num_generations=4, seed=0, rollout_batch_size=64, knowledge_form=None)  # fmt: skip
     return SimpleNamespace(**(base | changes))
 
 
