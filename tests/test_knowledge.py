@@ -15,10 +15,11 @@ HIT, MISS, NO_BOX, NO_ANSWER = (
     "",
 )
 NAMES = list(g.LEVELS)
+INPUTS = {"grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
 
 
 def sample(level, entity="Lo"):
-    return {"id": "0", "bbox_1000": [0, 0, 100, 100], "entity": entity, "level": level}
+    return {"id": "0", "bbox_1000": [0, 0, 100, 100], "entity": entity, "level": level} | INPUTS
 
 
 def advantages_of(texts, level, form, monkeypatch, **changes):
@@ -28,7 +29,7 @@ def advantages_of(texts, level, form, monkeypatch, **changes):
     monkeypatch.setattr(g, "completion_text", lambda tokenizer, ids: texts[ids[0]])
     args = arguments(**{"knowledge_form": form, "reward_funcs": ["iou"], "reward_weights": [1.0],
                         "iou_threshold": 0.65} | changes)  # fmt: skip
-    (group,) = g.roll_out_step(None, None, [sample(level)], [{}], 1, args, {})
+    (group,) = g.roll_out_step(None, None, [sample(level)], [INPUTS], 1, args, {})
     return group.advantages
 
 
