@@ -2,8 +2,9 @@
 
 reads   --samples: samples.jsonl of synth_data.py
         --knowledge: {"Name": {"category", "description"}} (teacher `knowledge`)
-writes  --out: samples.jsonl (rows with cot, teacher and <think>/<answer> messages), rejected.jsonl, stats.json,
-        config.json, part-*.jsonl (one line per finished row, so that a killed run continues)
+writes  --out: samples.jsonl (rows with cot, teacher and <think>/<answer> messages), rejected.jsonl, stats.json (tokens
+        and cost of the finished rows too), config.json, part-*.jsonl (one line per finished row, so that a killed run
+        continues)
 
   smoke    python gen_cot.py --samples runs/toy/synth_sft/samples.jsonl --knowledge runs/toy/world/knowledge.json
            --out runs/toy/cot
@@ -31,6 +32,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +41,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 TEACHER_PROMPT = """This image shows {listed}.
 Boxes are (x1,y1),(x2,y2), on a grid from 0 to 1000 over the width and over the height of the image.
@@ -75,6 +76,7 @@ BETRAYALS = [re.compile(pattern, re.I) for pattern in (
     r"\b(?:I|we) (?:am|are|was|were|have been) (?:told|given|provided)\b",
     r"\blabell?ed (?:as\b|\[?unknown)",
 )]  # fmt: skip
+TOKENS = ("prompt_tokens", "completion_tokens")
 
 
 def parse_args(argv=None):
@@ -117,15 +119,27 @@ def parse_args(argv=None):
         "--base_url", default="http://localhost:8000/v1", help="OpenAI-compatible server (vLLM, SGLang, ...)"
     )
     p.add_argument("--concurrency", type=int, default=16, help="requests in flight")
-    p.add_argument("--request_timeout", type=float, default=300, help="seconds per request")
+    p.add_argument(
+        "--request_timeout", type=float, default=300, help="seconds per request, its wait in the server included"
+    )
     p.add_argument(
         "--max_retries", type=int, default=8, help="repeats of a request that met a busy, slow or absent server"
     )
     # run
+    p.add_argument(
+        "--price_per_million",
+        nargs=2,
+        type=float,
+        metavar=("PROMPT", "COMPLETION"),
+        help="price of a million tokens, in any currency, for the cost in stats.json (default: no cost)",
+    )
+    p.add_argument("--log_every_s", type=float, default=30, help="seconds between lines of progress")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     if min(args.max_attempts, args.batch_size, args.concurrency, args.max_completion_length) < 1:
         p.error("want at least 1 for --max_attempts, --batch_size, --concurrency and --max_completion_length")
+    if args.price_per_million and min(args.price_per_million) < 0:
+        p.error("--price_per_million: want prices of 0 or more")
     if args.teacher == "knowledge" and not args.knowledge:
         raise SystemExit(
             "--teacher knowledge: no --knowledge; want a JSON table of the entities; give its path or another --teacher"
@@ -704,7 +718,7 @@ def image_url(path, max_pixels):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-# ---- teachers: rows in, save(record) for every row that is finished ----
+# ---- teachers: rows in, save(records) of rows that are finished ----
 def record_of(row, cot, reason, attempt, response, usage):
     """One line of a part file. A row is finished with its chain, or with the reason why it has none."""
     out = {"id": row["id"], "cot": None if reason else cot, "reason": reason, "attempt": attempt}
@@ -774,97 +788,128 @@ def ask_local(rows, args, save, device):
     if not rows:
         return
     model, tokenizer, image_processor = load_teacher(args, device)
-    root, queue = Path(args.samples).parent, deque((row, 1, {}) for row in rows)
-    while queue:
-        batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]
-        prompts = [
-            chat_inputs(tokenizer, image_processor, str(root / row["images"][0]), teacher_prompt(row))
-            for row, _, _ in batch
-        ]
-        seeds = [f"{args.seed}:{attempt}:{row['id']}" for row, attempt, _ in batch]
-        responses = generate_responses(model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature)
-        for (row, attempt, usage), prompt, (ids, finished) in zip(batch, prompts, responses, strict=True):
-            spent = {
-                "requests": 1,
-                "retries": 0,
-                "prompt_tokens": len(prompt["prompt_ids"]),
-                "completion_tokens": len(ids),
-            }
-            usage = {k: v + usage.get(k, 0) for k, v in spent.items()}
-            response = completion_text(tokenizer, ids)
-            cot, reason = judge(response, not finished, row, args)
-            if reason and attempt < args.max_attempts:
-                queue.append((row, attempt + 1, usage))
-            else:
-                save(record_of(row, cot, reason, attempt, response, usage))
+    root, queue, ahead = Path(args.samples).parent, deque((row, 1, {}) for row in rows), {}
+    with ThreadPoolExecutor(4) as pool:  # reads the images of the next batch while this one is decoded
+
+        def prompt_of(row):
+            image, text = str(root / row["images"][0]), teacher_prompt(row)
+            return ahead.pop(row["id"], None) or pool.submit(chat_inputs, tokenizer, image_processor, image, text)
+
+        while queue:
+            batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]
+            waiting = [prompt_of(row) for row, _, _ in batch]
+            ahead |= {row["id"]: prompt_of(row) for row, _, _ in list(queue)[: args.batch_size]}
+            prompts = [w.result() for w in waiting]
+            seeds = [f"{args.seed}:{attempt}:{row['id']}" for row, attempt, _ in batch]
+            responses = generate_responses(
+                model, tokenizer, prompts, seeds, args.max_completion_length, args.temperature
+            )
+            finished = []
+            for (row, attempt, usage), prompt, (ids, ended) in zip(batch, prompts, responses, strict=True):
+                spent = {
+                    "requests": 1,
+                    "retries": 0,
+                    "prompt_tokens": len(prompt["prompt_ids"]),
+                    "completion_tokens": len(ids),
+                }
+                usage = {k: v + usage.get(k, 0) for k, v in spent.items()}
+                response = completion_text(tokenizer, ids)
+                cot, reason = judge(response, not ended, row, args)
+                if reason and attempt < args.max_attempts:
+                    queue.append((row, attempt + 1, usage))
+                else:
+                    finished.append(record_of(row, cot, reason, attempt, response, usage))
+            save(finished)
 
 
-async def ask_served(rows, args, save):
-    """Errors: ConnectionError with one line for a server that stays away or refuses us; what is saved stays saved."""
+def read_reply(body):
+    """(text, cut, token counts) of a chat completion. Errors: ValueError for other bytes, such as a proxy's page."""
+    reply = json.loads(body)
+    try:
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold half a character
+        tokens = {key: usage[key] for key in TOKENS if isinstance(usage.get(key), int)}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"no chat completion: {body[:100]!r}") from None
+    return text, choice.get("finish_reason") == "length", tokens
+
+
+async def ask_served(rows, args, save, answered):
+    """`answered`: the server has answered in an earlier run, so that it is the row's fault if it refuses one.
+
+    Errors: ConnectionError with one line for a server that stays away or refuses us; what is saved stays saved.
+    """
     import openai
 
-    passing = (openai.RateLimitError, openai.APITimeoutError, openai.APIConnectionError, openai.InternalServerError,
-               openai.APIResponseValidationError, json.JSONDecodeError)  # fmt: skip
-    root, todo, answered = Path(args.samples).parent, iter(rows), Counter()
+    root, todo, answers = Path(args.samples).parent, iter(rows), Counter(all=int(answered))
 
-    async def request(row, attempt, usage):
+    async def request(url, row, attempt, usage):
         """(response, cut), or (error text, None) for a row that the server refuses or always fails on."""
-        prompt = [{"type": "image_url", "image_url": {"url": image_url(root / row["images"][0], args.max_pixels)}},
-                  {"type": "text", "text": teacher_prompt(row)}]  # fmt: skip
+        prompt = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": teacher_prompt(row)}]
         seed = int(hashlib.sha256(f"{args.seed}:{attempt}:{row['id']}".encode()).hexdigest()[:7], 16)
-        before = answered["requests"]
+        before = answers["all"]
         for retry in range(args.max_retries + 1):
             usage["requests"] += 1
+            status, code, after = None, None, ""
             try:
-                reply = await client.chat.completions.create(
-                    model=args.teacher_model, messages=[{"role": "user", "content": prompt}], seed=seed,
-                    temperature=args.temperature, max_tokens=args.max_completion_length)  # fmt: skip
-                answered["requests"] += 1
-                for key in ("prompt_tokens", "completion_tokens"):
-                    if tokens := getattr(getattr(reply, "usage", None), key, None):
-                        usage[key] = usage.get(key, 0) + tokens
-                # a proxy may answer with a page of its own, which the client hands on as text
-                choices = getattr(reply, "choices", None)
-                content = (choices[0].message.content if choices else None) or ""
-                cut = bool(choices) and choices[0].finish_reason == "length"
-                return content.encode("utf-8", "replace").decode(), cut
-            except passing as e:
-                if getattr(e, "code", None) == "insufficient_quota" or retry == args.max_retries:
-                    if answered["requests"] > before and not isinstance(e, openai.RateLimitError):
-                        return f"{type(e).__name__}: {e}"[:500], None  # the server works for others: it is this row
-                    raise ConnectionError(
-                        f"{args.base_url}: {retry + 1} requests failed, last {type(e).__name__} ({e}); "
-                        "want a server that answers; start or mend it, then the same command continues"
-                    ) from None
-                wait = min(60.0, 2.0**retry) * random.uniform(0.5, 1.5)  # jitter: or all workers come back at once
-                after = getattr(getattr(e, "response", None), "headers", {}).get("retry-after", "")
-                wait = min(600.0, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else wait
-                usage["retries"] += 1
-                if retry == 2:
-                    print(f"{args.base_url}: {type(e).__name__} ({e}); still trying", file=sys.stderr)
-                await asyncio.sleep(wait)
+                # a limit on the whole: the client's own is one on every read, and a server may drip
+                reply = await asyncio.wait_for(
+                    client.chat.completions.with_raw_response.create(
+                        model=args.teacher_model, messages=[{"role": "user", "content": prompt}], seed=seed,
+                        temperature=args.temperature, max_tokens=args.max_completion_length),
+                    args.request_timeout)  # fmt: skip
+                response, cut, tokens = read_reply(reply.http_response.content)
+                answers["all"] += 1
+                usage.update({key: usage.get(key, 0) + count for key, count in tokens.items()})
+                return response, cut
+            except asyncio.TimeoutError:
+                error = f"no answer in {args.request_timeout:g} s"
             except openai.APIStatusError as e:
-                if e.status_code in (400, 413, 422):  # the row's fault: too long, or refused by the content rules
-                    return str(e)[:500], None
+                status, code = e.status_code, e.code
+                # the body itself: the client's text has none where a server does not put it in OpenAI's form
+                error = f"{type(e).__name__} ({status}: {' '.join(e.response.text.split())[:300]})"
+                after = e.response.headers.get("retry-after", "")
+            except (openai.APIConnectionError, ValueError) as e:  # ValueError: a body that is no chat completion
+                error = f"{type(e).__name__} ({e})"
+            refused = status in (400, 413, 422)  # too long, or against the content rules
+            if refused and answers["all"]:
+                return error[:500], None
+            if not (refused or status is None or status in (408, 409, 425, 429) or status >= 500):
                 raise ConnectionError(
-                    f"{args.base_url}: {type(e).__name__} ({e}); want --base_url, --teacher_model and OPENAI_API_KEY "
+                    f"{args.base_url}: {error}; want --base_url, --teacher_model and OPENAI_API_KEY "
                     "that fit the server; mend them, then the same command continues"
-                ) from None
+                )
+            if code == "insufficient_quota" or retry == args.max_retries:
+                if answers["all"] > before and status != 429:
+                    return error[:500], None  # the server works for others: it is this row
+                raise ConnectionError(
+                    f"{args.base_url}: {retry + 1} requests failed, last {error}; "
+                    "want a server that answers; start or mend it, then the same command continues"
+                )
+            # A refusal waits too: without an answer to any row, it may be that this server takes no such requests.
+            wait = min(60.0, 2.0**retry) * random.uniform(0.5, 1.5)  # jitter: or all workers come back at once
+            if re.fullmatch(r"\d+(\.\d+)?", after):  # not less than the growing wait: a busy server may say 0 for long
+                wait = max(wait, min(600.0, float(after)))
+            usage["retries"] += 1
+            if retry == 2:
+                print(f"{args.base_url}: {error}; still trying", file=sys.stderr)
+            await asyncio.sleep(wait)
 
     async def worker():
         for row in todo:  # all workers draw from one iterator
             usage = {"requests": 0, "retries": 0}
+            # in a thread: shrinking a large image takes longer than the others should wait
+            url = await asyncio.to_thread(image_url, root / row["images"][0], args.max_pixels)
             for attempt in range(1, args.max_attempts + 1):
-                response, cut = await request(row, attempt, usage)
+                response, cut = await request(url, row, attempt, usage)
                 cot, reason = ("", "refused by the server") if cut is None else judge(response, cut, row, args)
                 if reason is None or cut is None:
                     break
-            save(record_of(row, cot, reason, attempt, response, usage))
+            save([record_of(row, cot, reason, attempt, response, usage)])
 
     key = os.environ.get("OPENAI_API_KEY") or "EMPTY"
-    async with openai.AsyncOpenAI(
-        base_url=args.base_url, api_key=key, timeout=args.request_timeout, max_retries=0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=args.base_url, api_key=key, timeout=None, max_retries=0) as client:
         workers = [asyncio.ensure_future(worker()) for _ in range(min(args.concurrency, len(rows)))]
         try:
             await asyncio.gather(*workers)
@@ -899,9 +944,12 @@ def merge(rows, args, out, seconds):
     stats = {"rows": len(rows), "kept": len(kept), "rejected": dict(reasons.most_common()),
              "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
              "words": round(sum(len(r["cot"].split()) for r in kept) / max(1, len(kept)), 1)}  # fmt: skip
-    for key in ("requests", "retries", "prompt_tokens", "completion_tokens"):
+    for key in ("requests", "retries", *TOKENS):
         told = [records[row["id"]][key] for row in rows if key in records[row["id"]]]
         stats[key] = sum(told) if told else None
+    stats["cost"] = None
+    if args.price_per_million and None not in (counts := [stats[key] for key in TOKENS]):
+        stats["cost"] = round(sum(n * p / 1e6 for n, p in zip(counts, args.price_per_million, strict=True)), 4)
     for name, lines in (("rejected.jsonl", rejected), ("samples.jsonl", kept)):
         if lines or name != "samples.jsonl":  # the next stage wants rows or no file
             write_text(out / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -936,6 +984,8 @@ def main():
             "concurrency",
             "request_timeout",
             "max_retries",
+            "price_per_million",
+            "log_every_s",
         )
         same_config(out, argparse.Namespace(**vars(args), **inputs), ignore=free)
         done = {r["id"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
@@ -947,25 +997,37 @@ def main():
     )
 
     mine = todo[rank::world_size]
-    bar = tqdm(total=len(mine), disable=not sys.stderr.isatty(), desc="cot")
+    began = printed = time.time()
+    tally, share = Counter(), f" (rank 0 of {world_size})" if world_size > 1 else ""
     with open(out / f"part-{rank:05d}.jsonl", "a", encoding="utf-8") as f:
 
-        def save(record):
-            f.write(json.dumps(record) + "\n")  # ASCII: an answer may hold U+2028, at which str.splitlines cuts a line
+        def save(records):
+            nonlocal printed
+            for record in records:
+                # ASCII: an answer may hold U+2028, at which str.splitlines cuts a line
+                f.write(json.dumps(record) + "\n")
+                tally.update(rows=1, kept=int(not record["reason"]), **{key: record.get(key, 0) for key in TOKENS})
             f.flush()
-            bar.update()
+            now = time.time()
+            if records and now - printed >= args.log_every_s:
+                printed, n = now, tally["rows"]
+                rate = n / max(1e-9, now - began)
+                print0(
+                    f"rows {n}/{len(mine)}{share} | kept {tally['kept']} | rejected {n - tally['kept']} | "
+                    f"{rate:.2f} rows/s | tokens {tally[TOKENS[0]]} prompt, {tally[TOKENS[1]]} completion | "
+                    f"eta {(len(mine) - n) / rate / 60:.1f} min"
+                )
 
         if args.teacher == "knowledge":
             for row in mine:
-                save(record_of(row, *knowledge_cot(row, table), 1, "", {}))
+                save([record_of(row, *knowledge_cot(row, table), 1, "", {})])
         elif args.teacher == "hf":
             ask_local(mine, args, save, device)
         elif mine:
             try:
-                asyncio.run(ask_served(mine, args, save))
+                asyncio.run(ask_served(mine, args, save, answered=len(todo) < len(rows)))
             except ConnectionError as e:
                 raise SystemExit(str(e)) from None
-    bar.close()
     if args.teacher == "hf":
         dist.barrier()
         dist.destroy_process_group()
@@ -973,13 +1035,18 @@ def main():
         return
     stats = merge(rows, args, out, time.time() - start)
     reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].items())
+    spent = ""
+    if args.teacher != "knowledge":
+        told = {key: "unknown" if stats[key] is None else stats[key] for key in (*TOKENS, "cost")}
+        spent = f"tokens {told['prompt_tokens']} prompt, {told['completion_tokens']} completion, "
+        spent += f"cost {told['cost']}, " if args.price_per_million else ""
     if not stats["kept"]:
         raise SystemExit(
-            f"{out}: 0 of {len(rows)} chains kept ({reasons}); want a teacher that keeps to the format; "
+            f"{out}: 0 of {len(rows)} chains kept ({spent}{reasons}); want a teacher that keeps to the format; "
             f"read {out / 'rejected.jsonl'}, then use another teacher and --out"
         )
     print(f"gen_cot: {stats['kept']} kept, {len(rows) - stats['kept']} rejected{f' ({reasons})' if reasons else ''}, "
-          f"{time.time() - start:.1f} s -> {out / 'samples.jsonl'}")  # fmt: skip
+          f"{spent}{time.time() - start:.1f} s -> {out / 'samples.jsonl'}")  # fmt: skip
 
 
 if __name__ == "__main__":

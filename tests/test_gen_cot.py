@@ -1,17 +1,10 @@
-"""gen_cot.py: chains from the table, validation, resuming, a served teacher behind faults, a local teacher."""
+"""gen_cot.py: chains from the table, validation, resuming, errors; the model teachers are in test_teachers.py."""
 
-import base64
-import io
 import json
 import re
-import threading
-import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import run_script
-from PIL import Image
 
 import gen_cot
 
@@ -167,156 +160,6 @@ def test_the_prompt_tells_all_boxes_and_the_target():
     prompt = gen_cot.teacher_prompt(ROW)
     assert "Mi (500,600),(700,900), Lo (10,20),(300,400), Ra (400,100),(600,500)." in prompt
     assert "The bounding box of Lo is (10,20),(300,400)." in prompt
-
-
-# ---- a served teacher ----
-class Teacher(BaseHTTPRequestHandler):
-    """The n-th prompt it meets gets one kind of fault first; then a good chain built from the prompt."""
-
-    FAULTS = [[429], [500], ["slow"], ["garbage", "garbage"], ["drop"], []]
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        image, text = body["messages"][0]["content"]
-        server, prompt = self.server, text["text"]
-        Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].split(",", 1)[1]))).load()
-        with server.lock:
-            server.keys.add(self.headers["Authorization"])
-            kind = self.FAULTS[len(server.faults) % len(self.FAULTS)] if server.faulty else []
-            faults = server.faults.setdefault(prompt, list(kind))
-            fault = faults.pop(0) if faults else None
-            server.counts[fault] += 1
-            if server.quits_after is not None and server.counts[None] > server.quits_after:
-                fault = 401
-        if fault in ("slow", "poison"):
-            time.sleep(4 if fault == "slow" else 0.7)
-        if fault == "drop":
-            return self.connection.close()
-        fault = 500 if fault == "poison" else fault
-        if isinstance(fault, int):
-            return self.reply(fault, {"error": {"message": "no", "code": fault}})
-        target, box = re.search(r"The bounding box of (.*) is (.*)\.", prompt).groups()
-        odd = "\u2028\ud83d"  # a line separator that JSON does not escape, and half a character
-        chain = (
-            f"Planning: {target} has a look of its own, known to all who have seen it once in their life.\n"
-            f"Visual Analysis:\n1. {target} {box}: bright.{odd}\n"
-            f"Comparison: no other object is as bright.\nConclusion: {target} is at {box}"
-        )
-        message = {"role": "assistant", "content": "blah" if fault == "garbage" else chain}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                         "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                         "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}})  # fmt: skip
-
-    def reply(self, status, body):
-        data = json.dumps(body).encode()
-        try:
-            self.send_response(status)
-            for key, value in (
-                ("Content-Type", "application/json"),
-                ("Content-Length", str(len(data))),
-                ("Retry-After", "0"),
-            ):
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):  # the client had waited long enough
-            pass
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
-    server.daemon_threads = True
-    server.lock, server.keys, server.faults, server.counts = threading.Lock(), set(), {}, Counter()
-    server.faulty, server.quits_after = True, None
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    server.flags = ["--teacher", "openai", "--teacher_model", "big", "--base_url", url, "--request_timeout", 2]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_faulty_server_loses_and_doubles_no_row(synth_dir, tmp_path, server):
-    cot(synth_dir, tmp_path, *server.flags, OPENAI_API_KEY="from-the-environment", NO_PROXY="*")
-    rows, stats = read(tmp_path / "samples.jsonl"), json.loads((tmp_path / "stats.json").read_text())
-    assert [r["id"] for r in rows] == [r["id"] for r in read(synth_dir / "samples.jsonl")]
-    assert all(gen_cot.validate(r["cot"], r) is None and "\u2028" not in r["cot"] for r in rows)
-    assert len(read(tmp_path / "part-00000.jsonl")) == 12 and not read(tmp_path / "rejected.jsonl")
-    assert stats["attempts"] == {"1": 10, "3": 2} and stats["retries"] >= 8 and stats["requests"] >= 24
-    assert stats["prompt_tokens"] == 7 * 16 and server.keys == {"Bearer from-the-environment"}
-    assert "from-the-environment" not in "".join(p.read_text() for p in tmp_path.glob("*.json*"))
-
-
-def test_a_row_that_the_server_refuses_or_fails_on_is_rejected_alone(synth_dir, tmp_path, server, monkeypatch):
-    monkeypatch.setattr(Teacher, "FAULTS", [["poison"] * 9, [400] * 9] + [[]] * 10)
-    cot(synth_dir, tmp_path, *server.flags, "--max_retries", 1, NO_PROXY="*")
-    assert [r["reason"] for r in read(tmp_path / "rejected.jsonl")] == ["refused by the server"] * 2
-    assert len(read(tmp_path / "samples.jsonl")) == 10 and server.counts[400] == 1 and server.counts["poison"] == 2
-
-
-def test_a_server_that_stops_answering_leaves_a_run_that_continues(synth_dir, tmp_path, server):
-    server.faulty, server.quits_after = False, 5
-    one_line(
-        cot(synth_dir, tmp_path, *server.flags, "--concurrency", 2, NO_PROXY="*", check=False),
-        "AuthenticationError",
-        "continues",
-    )
-    assert not (tmp_path / "samples.jsonl").exists() and 4 <= len(read(tmp_path / "part-00000.jsonl")) <= 5
-    before, server.quits_after = server.counts[None], None
-    cot(synth_dir, tmp_path, *server.flags, "--concurrency", 3, NO_PROXY="*")
-    assert [r["id"] for r in read(tmp_path / "samples.jsonl")] == [r["id"] for r in read(synth_dir / "samples.jsonl")]
-    assert server.counts[None] - before <= 8  # what was saved is not asked again
-
-
-def test_an_absent_server_is_one_clear_line(synth_dir, tmp_path):
-    url = "http://127.0.0.1:9/v1"
-    flags = ["--teacher", "openai", "--teacher_model", "big", "--base_url", url, "--max_retries", 1]
-    one_line(
-        cot(synth_dir, tmp_path, *flags, NO_PROXY="*", check=False), url, "2 requests failed", "APIConnectionError"
-    )
-
-
-# ---- a local teacher ----
-def test_a_random_model_is_rejected_with_reasons(synth_dir, tiny_dir, tmp_path):
-    flags = ["--teacher", "hf", "--teacher_model", tiny_dir, "--max_completion_length", 8, "--max_attempts", 2]
-    done = cot(synth_dir, tmp_path, *flags, check=False)
-    one_line(done, "0 of 12 chains kept", "cut off", "want")
-    rejected = read(tmp_path / "rejected.jsonl")
-    assert len(rejected) == 12 and all(r["reason"] and r["attempts"] == 2 and "response" in r for r in rejected)
-    assert (
-        json.loads((tmp_path / "stats.json").read_text())["requests"] == 24
-        and not (tmp_path / "samples.jsonl").exists()
-    )
-
-
-def test_a_local_chain_is_kept_and_a_bad_one_is_drawn_again(synth_dir, tiny_dir, tmp_path, monkeypatch):
-    rows, asked = read(synth_dir / "samples.jsonl"), []
-
-    def responses(model, tokenizer, prompts, seeds, *_):
-        asked.extend(seeds)
-        out = []
-        for seed, prompt in zip(seeds, prompts, strict=True):
-            _, attempt, name = seed.split(":")
-            row = next(r for r in rows if r["id"] == name)
-            target, box = (
-                row["entities"][row["target"]]["entity"],
-                gen_cot.box_text(row["entities"][row["target"]]["bbox_1000"]),
-            )
-            assert f"The bounding box of {target} is {box}." in tokenizer.decode(prompt["prompt_ids"])
-            text = FINE.replace("(12,20),(300,400)", box).replace("Lo", target) if attempt == "2" else "no"
-            out.append((tokenizer.encode(text + "<|im_end|>"), True))
-        return out
-
-    monkeypatch.setattr(gen_cot, "generate_responses", responses)
-    argv = ["--samples", synth_dir / "samples.jsonl", "--out", tmp_path, "--teacher", "hf", "--teacher_model", tiny_dir]
-    monkeypatch.setattr("sys.argv", ["gen_cot.py", *map(str, argv), "--batch_size", "5"])
-    gen_cot.main()
-    assert {r["teacher"]["attempt"] for r in read(tmp_path / "samples.jsonl")} == {2}
-    assert len(set(asked)) == len(asked) == 24
 
 
 # ---- errors ----
