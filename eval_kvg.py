@@ -60,7 +60,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--bench", help="KVG-Bench .parquet, or samples.jsonl with boxes")
     p.add_argument("--out", help="run folder; an interrupted run is continued, a finished one scored again")
-    p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL")
+    p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
     p.add_argument("--predictions", help="score this JSONL (question_id, response) instead of running a model")
     p.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed"

@@ -3,13 +3,19 @@
 #
 #   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 5 min on 2 CPU cores
 #   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=openai:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
-#                                   the paper's recipe on every GPU of this node; TEACHER is openai:MODEL (a server at localhost:8000),
-#                                   hf:MODEL (one copy per GPU) or knowledge:FILE
+#                                   the paper's recipe on every GPU of this node; TEACHER is
+#                                     openai:MODEL      a server at OPENAI_BASE_URL (default http://localhost:8000/v1)
+#                                     hf:MODEL          loaded here, one copy per GPU;  shard:MODEL  one copy over all GPUs of node 0
+#                                     knowledge[:FILE]  a table; without FILE knowledge.json in DATA or in the folder above it
 #   bash run_all.sh test | setup    the tests | the environment alone
+#   FROM=train_grpo bash run_all.sh forget     forgets this stage and all after it; a finished stage is skipped, a killed one goes on
+#   FROM=train_grpo bash run_all.sh            the same, and goes on from there (one node)
 #
-# FROM=train_grpo  forgets this stage and all after it, and runs them again; else a finished stage is skipped, a killed one goes on
 # RUN=runs/name another run folder · SEED=1 another seed · PYTHON=python uses the environment at hand and makes none
-# NNODES=2 NODE_RANK=0 MASTER_ADDR=host  multi-node; the run folder must be on a file system that all nodes share
+# NPROC=8 processes per node · N_SFT, N_GRPO composites of stage 1 and 2
+# SYNTH_FLAGS, COT_FLAGS, SFT_FLAGS, FILTER_FLAGS, GRPO_FLAGS, EVAL_FLAGS="--flag value ..." go to the stages of that script, after ours
+# BASE_PROMPT=json asks the untrained model for JSON (Qwen2.5-VL, Qwen3-VL)
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host  on every node; the run folder must be on a file system that all nodes share
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -49,12 +55,13 @@ setup
 case "${1:-all}" in
   setup) exit ;;
   test) exec "$PY" -m pytest -q -n 2 --dist loadfile tests ;;
-  all) ;;
-  *) echo "usage: bash run_all.sh [setup|test]" >&2; exit 2 ;;
+  all|forget) ;;
+  *) echo "usage: bash run_all.sh [setup|test|forget]" >&2; exit 2 ;;
 esac
 # ---- where, with what ----
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-if [ -z "${MODEL:-}" ]; then # the toy world
+TOY=$([ -n "${MODEL:-}" ] || echo yes)
+if [ -n "$TOY" ]; then
   RUN=${RUN:-runs/toy} MODEL=tests/toy/base DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet
   # a model this small gains more from two processes than from two threads
   NPROC=${NPROC:-$("$PY" -c 'import os, torch; print(1 if torch.cuda.is_available() else min(2, os.cpu_count()))')}
@@ -67,10 +74,23 @@ if [ -z "${MODEL:-}" ]; then # the toy world
   SFT="--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
   GRPO="--learning_rate 5e-5 --train_batch_size 16 --num_generations 8 --max_completion_length $LENGTH --max_steps 30 --save_steps 10"
 else # the paper's recipe
-  : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge:FILE, hf:MODEL or openai:MODEL}"
+  : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge[:FILE], hf:MODEL, shard:MODEL or openai:MODEL}"
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
   SFT="" GRPO="--max_completion_length 512"
+  if [ "$TEACHER" = knowledge ]; then
+    for folder in "$DATA" "$(dirname "$DATA")"; do [ ! -f "$folder/knowledge.json" ] || TEACHER=knowledge:$folder/knowledge.json; done
+  fi
+fi
+case $TEACHER in
+  knowledge:*) TEACHER_FLAGS="--teacher knowledge --knowledge ${TEACHER#*:}" TEACHER_RUNNER=$PY ;;
+  openai:*) TEACHER_FLAGS="--teacher openai --teacher_model ${TEACHER#*:} --base_url ${OPENAI_BASE_URL:-http://localhost:8000/v1}" TEACHER_RUNNER=$PY ;;
+  hf:*) TEACHER_FLAGS="--teacher hf --teacher_model ${TEACHER#*:}" TEACHER_RUNNER=$RUNNER ;;
+  shard:*) TEACHER_FLAGS="--teacher hf --teacher_model ${TEACHER#*:} --device_map auto" TEACHER_RUNNER=$PY ;;
+  *) echo "TEACHER=$TEACHER: want knowledge:FILE, hf:MODEL, shard:MODEL or openai:MODEL (no knowledge.json in or above DATA)" >&2; exit 2 ;;
+esac
+if [ -n "${FROM:-}" ] && [ "$NNODES" != 1 ] && [ "${1:-all}" != forget ]; then
+  echo "FROM=$FROM on $NNODES nodes: want it forgotten once, before all start; run FROM=$FROM bash run_all.sh forget, then without FROM" >&2; exit 2
 fi
 mkdir -p "$RUN/.done"
 STAGES="world synth_sft gen_cot filter_cot train_sft train_cot_sft synth_grpo filter_grpo train_grpo eval_base eval_sft eval_cot_sft eval_grpo"
@@ -78,30 +98,28 @@ if [ -n "${FROM:-}" ]; then
   case " $STAGES " in *" $FROM "*) ;; *) echo "FROM=$FROM: no such stage; want one of: $STAGES" >&2; exit 2 ;; esac
   for name in $(echo "$STAGES" | sed "s/.*\b$FROM\b/$FROM/"); do rm -rf "${RUN:?}/$name" "$RUN/.done/$name"; done
 fi
+[ "${1:-all}" != forget ] || exit 0
 
 # ---- the stages ----
-TEACHER_FLAGS="--teacher ${TEACHER%%:*}"
-if [ "${TEACHER%%:*}" = knowledge ]; then TEACHER_FLAGS+=" --knowledge ${TEACHER#*:}"; else TEACHER_FLAGS+=" --teacher_model ${TEACHER#*:}"; fi
-TEACHER_RUNNER=$PY; [ "${TEACHER%%:*}" != hf ] || TEACHER_RUNNER=$RUNNER
-[ "$MODEL" != tests/toy/base ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
-stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH
-stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS
+[ -z "$TOY" ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
+stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH ${SYNTH_FLAGS:-}
+stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS ${COT_FLAGS:-}
 stage filter_cot "$PY" filter.py --stage cot --samples "$RUN/gen_cot/samples.jsonl" --out "$RUN/filter_cot"
 for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
   name=train_sft; [ $target = direct ] || name=train_cot_sft
-  stage $name $RUNNER train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/$name" --seed "$SEED" $SFT
+  stage $name $RUNNER train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/$name" --seed "$SEED" $SFT ${SFT_FLAGS:-}
 done
 # stage 2 learns from composites that stage 1 has not seen
-stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH
+stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
 stage filter_grpo $RUNNER filter.py --stage grpo --model "$RUN/train_cot_sft/final" --samples "$RUN/synth_grpo/samples.jsonl" \
-  --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED"
+  --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED" ${FILTER_FLAGS:-}
 stage train_grpo $RUNNER train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" \
-  --seed "$SEED" $GRPO
+  --seed "$SEED" $GRPO ${GRPO_FLAGS:-}
 for name in base sft cot_sft grpo; do
   model=$RUN/train_$name/final prompt=r1
-  case $name in base) model=$MODEL prompt=direct ;; sft) prompt=direct ;; esac
+  case $name in base) model=$MODEL prompt=${BASE_PROMPT:-direct} ;; sft) prompt=direct ;; esac
   stage eval_$name $RUNNER eval_kvg.py --bench "$BENCH" --model "$model" --out "$RUN/eval_$name" --prompt $prompt --seen $SEEN \
-    --max_completion_length "$LENGTH" --seed "$SEED"
+    --max_completion_length "$LENGTH" --seed "$SEED" ${EVAL_FLAGS:-}
 done
 [ "$NODE_RANK" = 0 ] || exit 0
 "$PY" eval_kvg.py --summary "$RUN" --seed "$SEED"

@@ -1,4 +1,4 @@
-"""Stage 2: GRPO from scratch on a Qwen2-VL that thinks before it points, with an IoU reward.
+"""Stage 2: GRPO from scratch on a Qwen-VL that thinks before it points, with an IoU reward.
 
 reads   --data: samples.jsonl of filter.py (or any rows with boxes), or the released GRPO parquet
 writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/

@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning of a Qwen2-VL on chains of thought (CoT-SFT) or on bare answers (the SFT baseline).
+"""Stage 1: supervised fine-tuning of a Qwen-VL on chains of thought (CoT-SFT) or on bare answers (the SFT baseline).
 
 reads   --data: samples.jsonl of gen_cot.py / filter.py, or LLaMA-Factory ShareGPT JSON (messages, images)
 writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (resumable), final/ (Hugging Face model)
@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--model", required=True, help="Hugging Face folder or name of a Qwen2-VL")
+    p.add_argument("--model", required=True, help="Hugging Face folder or name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
     p.add_argument("--data", required=True, help="samples.jsonl, or ShareGPT .json")
     p.add_argument("--output_dir", required=True, help="run folder; an interrupted run is continued")
     p.add_argument(

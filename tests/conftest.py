@@ -12,13 +12,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
 
 import pytest  # noqa: E402
 
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
 
 def run_script(script, *args, check=True, launcher=(sys.executable,), **env):
     """Runs a script of the project as a user would; returns the finished process."""
     command = [*launcher, str(ROOT / script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=600)
     if check:
-        assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-12000:]}"
     return done
 
 

@@ -52,6 +52,7 @@ def test_flags_in_docs_exist(helps):
         "--version",
         "--dist",
         "--standalone",
+        "--kill-on-bad-exit",
     }
     for name in ("README.md", "run_all.sh"):
         text = re.sub(r"pip install.*", "", (ROOT / name).read_text())

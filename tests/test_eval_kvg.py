@@ -5,11 +5,10 @@ import os
 import re
 import shutil
 import socket
-import sys
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import TWO_RANKS, run_script
 
 import eval_kvg
 
@@ -262,16 +261,7 @@ def test_an_interrupted_run_continues_on_two_ranks_with_the_same_predictions(mod
     out, rows = tmp_path / "two", (model_run[0] / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True)
     out.mkdir()
     (out / "part-5.jsonl").write_text("".join(rows[:5]) + rows[5][:20], encoding="utf-8")
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    )
-    done = run_script("eval_kvg.py", *model_run[1], "--out", out, "--batch_size", 5, launcher=launcher)
+    done = run_script("eval_kvg.py", *model_run[1], "--out", out, "--batch_size", 5, launcher=TWO_RANKS)
     assert "5 answered before, 2 ranks" in done.stdout
     assert (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True) == rows and not list(
         out.glob("part-*")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import TWO_RANKS, run_script
 from PIL import Image
 
 import filter as f
@@ -105,8 +105,7 @@ def test_difficulty_is_the_same_after_a_kill_and_on_two_ranks(synth_dir, tiny_di
     part = tmp_path / "a" / "part-0.jsonl"
     part.write_bytes(part.read_bytes()[:200])
     (tmp_path / "a" / "samples.jsonl").unlink()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613")
-    measure(synth_dir, tiny_dir, tmp_path / "a", launcher=launcher, check=True)
+    measure(synth_dir, tiny_dir, tmp_path / "a", launcher=TWO_RANKS, check=True)
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() == want
 
 
@@ -234,8 +233,7 @@ def test_probe_measures_every_entity_and_goes_on_after_a_kill(synth_dir, tiny_di
     part = tmp_path / "part-0.jsonl"
     part.write_bytes(part.read_bytes()[:300])
     (tmp_path / "mastery.json").unlink()
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29615")
-    run_probe(synth_dir, tiny_dir, tmp_path, launcher=launcher)
+    run_probe(synth_dir, tiny_dir, tmp_path, launcher=TWO_RANKS)
     assert (tmp_path / "mastery.json").read_bytes() == want and answers() == said
     done = run_probe(synth_dir, tiny_dir, tmp_path, "--max_per_entity", 1, check=False)
     assert done.returncode != 0 and "--max_per_entity was 50, now 1" in done.stderr and "Traceback" not in done.stderr

@@ -6,23 +6,22 @@ import time
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import TWO_RANKS, run_script
+from safetensors.torch import load_file
 
-PORTS = iter(range(29650, 29700))
 FLAGS = {
     "train_sft": ("--target", "direct", "--tokens_per_row", 200, "--train_batch_size", 4, "--learning_rate", 1e-3),
     "train_grpo": ("--train_batch_size", 4, "--num_generations", 3, "--max_completion_length", 12, "--reward_funcs",
-                   "letters", "--learning_rate", 1e-3, "--log_completions", 4, "--beta", 0.04),
+                   "letters", "--learning_rate", 1e-3, "--log_completions", 4, "--beta", 0.04,
+                   "--num_iterations", 2),
 }  # fmt: skip
 
 
 def train(script, out, model, data, *flags, ranks=2, check=True, dump=True, **env):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
-                str(next(PORTS)))  # fmt: skip
     arguments = ("--model", model, "--data", data, "--output_dir", out, "--save_steps", 0, *FLAGS[script], *flags)
     first = (script, out.with_suffix(".pt")) if dump else ()
     program = "tests/dump_gradients.py" if dump else "tests/grpo_letters.py"
-    launcher = torchrun if ranks > 1 else (sys.executable,)
+    launcher = TWO_RANKS if ranks > 1 else (sys.executable,)
     return run_script(program, *first, *arguments, check=check, launcher=launcher, PYTHONPATH="tests:.", **env)
 
 
@@ -62,10 +61,13 @@ def test_two_ranks_compute_what_one_computes(script, stage, one_rank, tiny_dir, 
             assert texts[0] == texts[1]
             rewards = [torch.tensor([c["reward"] for c in x["completions"]]) for x in (group, theirs[key])]
             assert (rewards[0] - rewards[1]).abs().max() < 1e-5
+    ours, theirs = (load_file(d / "final/model.safetensors") for d in (out, one_rank[script]))
+    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
     beats = sorted(p.name for p in out.glob("heartbeat-*.log"))
     assert beats == ["heartbeat-00000.log", "heartbeat-00001.log"]
     phases = [line.split()[-1] for line in (out / beats[1]).read_text().splitlines()]
-    assert phases == ["data", *(["rollout"] if script == "train_grpo" else []), "train", "optimizer"] * 2
+    update = ["train", "optimizer"]
+    assert phases == 2 * (["data", "rollout", *update, *update] if script == "train_grpo" else ["data", *update])
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -17,7 +17,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TWO_RANKS
 from PIL import Image
 from test_gen_cot import FINE, cot, one_line, read
 
@@ -309,8 +309,7 @@ def test_a_random_model_is_rejected_with_reasons(random_run):
 
 @pytest.mark.parametrize("way", ["two ranks", "sharded"])
 def test_ranks_and_shards_write_what_one_process_writes(synth_dir, tiny_dir, tmp_path, random_run, way):
-    ranks = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    more = {"launcher": ranks} if way == "two ranks" else {}
+    more = {"launcher": TWO_RANKS} if way == "two ranks" else {}
     flags = [*RANDOM, "--log_every_s", 0] + (["--device_map", "auto"] if way == "sharded" else [])
     done = cot(synth_dir, tmp_path, "--teacher", "hf", "--teacher_model", tiny_dir, *flags, check=False, **more)
     assert "0 of 12 chains kept" in done.stderr, done.stderr

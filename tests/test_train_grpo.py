@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, run_script
+from conftest import FAMILIES, TWO_RANKS, run_script
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -460,36 +460,12 @@ def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_pa
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_two_ranks_draw_and_learn_the_same_as_one(run_dir, tiny_dir, synth_dir, tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2, launcher=launcher)
-    for ours, theirs in zip(rows(tmp_path / "metrics.jsonl"), rows(run_dir / "metrics.jsonl"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (tmp_path, run_dir))
-    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
-
-
-def test_zero3_on_two_ranks_learns_the_same(run_dir, tiny_dir, synth_dir, tmp_path):
-    """Every rank holds half of every weight; the rollout gathers them once."""
-    config = json.loads((ROOT / "ds_config.json").read_text())
-    config["zero_optimization"]["stage"] = 3
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613")
-    flags = ("--beta", 0.04, "--num_iterations", 2, "--deepspeed", tmp_path / "zero3.json")
-    train(tmp_path / "run", tiny_dir, synth_dir / "samples.jsonl", *flags, launcher=launcher)
-    for ours, theirs in zip(rows(tmp_path / "run/metrics.jsonl"), rows(run_dir / "metrics.jsonl"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (tmp_path / "run", run_dir))
-    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
-
-
 def test_groups_without_signal_are_skipped_and_packing_does_not_matter(tiny_dir, synth_dir, tmp_path):
     """Half of the groups have equal rewards. Two ranks with a row per group, and so with a different number of
     rows to train on, learn what one rank learns from everything in one row."""
     data, flags = synth_dir / "samples.jsonl", ("--reward_funcs", "some", "--save_steps", 0)
     train(tmp_path / "one", tiny_dir, data, *flags)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29614")
-    train(tmp_path / "two", tiny_dir, data, *flags, "--tokens_per_row", 1, launcher=launcher)
+    train(tmp_path / "two", tiny_dir, data, *flags, "--tokens_per_row", 1, launcher=TWO_RANKS)
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert any(0 < m["frac_reward_zero_std"] < 1 for m in one) and all(m["grad_norm"] > 0 for m in one)
     for ours, theirs in zip(two, one, strict=True):
