@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -44,8 +45,8 @@ from torch.utils.checkpoint import checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--model", required=True, help="Hugging Face folder or name of a Qwen2-VL")
-    p.add_argument("--data", required=True, help="samples.jsonl, or ShareGPT .json")
-    p.add_argument("--output_dir", required=True, help="run folder; an interrupted run is continued")
+    p.add_argument("--data", help="samples.jsonl, or ShareGPT .json")
+    p.add_argument("--output_dir", help="run folder; an interrupted run is continued")
     p.add_argument(
         "--target",
         default="cot",
@@ -89,7 +90,16 @@ def parse_args(argv=None):
     p.add_argument("--save_steps", type=int, default=200, help="0 means no checkpoint before the end")
     p.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--plan",
+        nargs="?",
+        const="8xh100",
+        metavar="NxGPU",
+        help="only print what a run needs of memory and, at least, of time; reads nothing but the model's config",
+    )
     args = p.parse_args(argv)
+    if not args.plan and (missing := [f"--{name}" for name in ("data", "output_dir") if not getattr(args, name)]):
+        p.error(f"the following arguments are required: {', '.join(missing)}")
     if args.max_steps is not None and args.max_steps < 1:
         p.error("want --max_steps >= 1")
     return args
@@ -741,22 +751,13 @@ def backward(engine, loss, last):
 
 
 def train_flops(model, row):
-    """FLOPs of forward and backward over a packed row: 6 per trained weight and token, 12 per attended pair and width.
-
-    A frozen or already computed vision tower counts its forward pass or nothing; recomputation is not counted.
+    """FLOPs of forward and backward over a packed row; a frozen or already computed vision tower counts its forward
+    pass or nothing; recomputation is not counted. Formulas: see `plan`.
     """
-    config, vision, patches = model.config.get_text_config(), model.model.visual, row.image_grid_thw.prod(1)
-    pairs = sum(n * n / 2 + sum(c * (n + c / 2) for c in completions) for _, n, completions in row.spans)
-    body = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    flops = 6 * (body * row.input_ids.numel() + config.vocab_size * config.hidden_size * len(row.at))
-    flops += 12 * config.num_hidden_layers * config.hidden_size * pairs
-    if row.image_features is None:
-        merger = sum(p.numel() for p in vision.merger.parameters())
-        blocks = sum(p.numel() for p in vision.parameters()) - merger
-        tower = (blocks + merger / vision.spatial_merge_size**2) * int(patches.sum())
-        tower += 2 * len(vision.blocks) * model.config.vision_config.embed_dim * int((patches**2).sum())
-        flops += tower * (6 if next(vision.parameters()).requires_grad else 2)
-    return flops
+    sizes, trained = model_sizes(model), next(model.model.visual.parameters()).requires_grad
+    flops = 3 * decoder_flops(sizes, row.input_ids.numel(), attended_pairs(row.spans), len(row.at))
+    images = row.image_grid_thw.tolist() if row.image_features is None else []
+    return flops + sum(vision_flops(sizes, rows, columns, trained) for _, rows, columns in images)
 
 
 def matmul_rate(device, dtype):
@@ -838,6 +839,294 @@ def epoch_order(index, count, seed):
 # <<< shared:engine
 
 
+# >>> shared:plan (source)
+# One GPU (SXM), peaks of the vendor's datasheets "NVIDIA A100", "NVIDIA H100", "NVIDIA H200": dense bf16 FLOP/s (half of
+# the figure with sparsity), bytes/s and bytes of HBM, bytes/s of NVLink one way (half of the figure both ways), and of
+# the network as in "DGX A100" (200 Gb/s a GPU), "DGX H100" and "DGX H200" (400 Gb/s a GPU).
+GPUS = {
+    "a100": dict(flops=312e12, hbm=2.039e12, bytes=80e9, nvlink=300e9, network=25e9),
+    "h100": dict(flops=989e12, hbm=3.35e12, bytes=80e9, nvlink=450e9, network=50e9),
+    "h200": dict(flops=989e12, hbm=4.8e12, bytes=141e9, nvlink=450e9, network=50e9),
+}
+PLAN_TEXT, PLAN_COMPLETION = 128, 512  # tokens that no flag tells: a prompt without its image; an answer in SFT
+
+
+def model_sizes(model):
+    """Widths, and numbers of weights that multiply an input; from the modules, because each family's config has its
+    own names. Qwen2.5-VL attends in windows in most blocks of its tower, Qwen3-VL has a merger for some of them.
+    """
+    text, visual, vision = model.model.language_model, model.model.visual, model.config.vision_config
+    depth, config = len(visual.blocks), model.config.get_text_config()
+
+    def weights(module, name=""):
+        matrices = (torch.nn.Linear, torch.nn.Conv3d)
+        found = [m.weight for n, m in module.named_modules() if isinstance(m, matrices) and name in n]
+        return sum(math.prod(getattr(w, "ds_shape", w.shape)) for w in found)  # ZeRO-3 leaves a rank empty weights
+
+    return SimpleNamespace(
+        layers=len(text.layers),
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        query=text.layers[0].self_attn.q_proj.out_features,
+        key=text.layers[0].self_attn.k_proj.out_features,
+        mlp=text.layers[0].mlp.gate_proj.out_features,
+        body=weights(text.layers),
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        window=getattr(vision, "window_size", 0) // vision.patch_size,
+        depth=depth,
+        full=len(getattr(vision, "fullatt_block_indexes", range(depth))),
+        width=visual.blocks[0].attn.proj.in_features,
+        patch_embed=weights(visual.patch_embed),
+        blocks=weights(visual.blocks),
+        mergers=weights(visual, "merger"),
+    )
+
+
+def attended_pairs(spans):
+    """How many (token, token it sees) a packed row has."""
+    pairs = sum(n * (n + 1) // 2 for _, n, _ in spans)
+    return pairs + sum(c * n + c * (c + 1) // 2 for _, n, completions in spans for c in completions)
+
+
+def decoder_flops(sizes, tokens, pairs, scored):
+    """Forward pass: 2 per weight and token, 4 per pair and width (scores and sum); `scored` tokens through lm_head."""
+    flops = 2 * (sizes.body * tokens + sizes.vocab * sizes.hidden * scored)
+    return flops + 4 * sizes.layers * sizes.query * pairs
+
+
+def vision_flops(sizes, rows, columns, trained=False):
+    """Forward pass over an image of rows x columns patches, or forward and backward if trained."""
+
+    def squares(n):  # sum of the squares of the windows' sides
+        return n // sizes.window * sizes.window**2 + (n % sizes.window) ** 2
+
+    patches, windowed = rows * columns, sizes.depth - sizes.full
+    pairs = sizes.full * patches**2 + (windowed * squares(rows) * squares(columns) if windowed else 0)
+    flops = 2 * patches * (sizes.blocks + sizes.mergers / sizes.merge**2) + 4 * sizes.width * pairs
+    first = 2 * patches * sizes.patch_embed  # pixels need no gradient
+    return 3 * flops + 2 * first if trained else flops + first
+
+
+def saved_bytes(call, *known):
+    """Bytes that call() keeps for the backward pass, without the `known` tensors."""
+    kept, known = {}, {t.untyped_storage()._cdata for t in known}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+
+
+def plan_attention(module, query, key, value, attention_mask, scaling=None, row=None, **kwargs):
+    """Attention for `activation_bytes`: keeps what the CUDA kernels keep."""
+    if row is not None:
+        return attend_varlen(query, key, value, scaling, row), None
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0].transpose(1, 2), None
+
+
+def activation_bytes(model, span, patches, checkpointing):
+    """What one prompt with its image and completions keeps for the backward pass: bytes of the decoder, bytes of the
+    vision tower, bytes that checkpointing computes again at a time. One layer of each kind is run on meta tensors.
+    """
+    text, visual, vision = model.model.language_model, model.model.visual, model.config.vision_config
+    sizes, tokens, weights = model_sizes(model), span[1] + sum(span[2]), list(model.parameters())
+    empty = partial(torch.empty, device="meta", dtype=model.dtype)
+    x, patch = (empty(*n, requires_grad=True) for n in ((1, tokens, sizes.hidden), (patches, sizes.width)))
+    rope, row = text.rotary_emb(x, empty(3, 1, tokens)), SimpleNamespace(spans=[span], input_ids=x, varlen=None)
+    angles = empty(patches, sizes.width // vision.num_heads, dtype=torch.float32)
+    pixels = empty(patches, vision.in_channels * vision.temporal_patch_size * sizes.patch**2)
+    layer = saved_bytes(
+        lambda: text.layers[0](x, position_embeddings=rope, attention_mask=None, row=row), *weights, *rope
+    )
+    block = saved_bytes(
+        lambda: visual.blocks[0](patch, cu_seqlens=torch.tensor([0, patches]), position_embeddings=(angles, angles)),
+        *weights, angles,
+    )  # fmt: skip
+    ends = saved_bytes(lambda: visual.patch_embed(pixels), *weights)
+    ends += saved_bytes(lambda: visual.merger(patch), *weights) * (
+        1 + len(getattr(visual, "deepstack_merger_list", ()))
+    )
+    decoder, tower = (x.nbytes, patch.nbytes) if checkpointing else (layer, block)
+    decoder = sizes.layers * decoder + saved_bytes(lambda: text.norm(x), *weights)
+    return decoder, sizes.depth * tower + ends, max(layer, block) if checkpointing else 0
+
+
+def plan(model, args, gpu, num_gpus, stage, checkpointing):
+    """Memory and time of one rank, from the flags alone: memory {phase: {item: bytes}}, peak, seconds {phase: s}, step.
+
+    Memory is that of the longest rows the flags let in, in bf16; a phase needs "always" and its own items. Seconds are
+    what the GPU's peaks allow: a run takes longer. What DeepSpeed holds is read from its stage_1_and_2.py and stage3.py.
+    """
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    s, card, zero = model_sizes(model), GPUS[gpu], json.loads(Path(args.deepspeed).read_text())["zero_optimization"]
+    G, C = getattr(args, "num_generations", 1), getattr(args, "max_completion_length", PLAN_COMPLETION)
+    image = args.max_pixels // (s.patch * s.merge) ** 2
+    rows = next(r for r in range(math.isqrt(image), 0, -1) if image % r == 0)
+    rows, columns = rows * s.merge, image // rows * s.merge
+    P, group, prompts = image + PLAN_TEXT, image + PLAN_TEXT + G * C, -(-args.train_batch_size // num_gpus)
+    span = (0, P, [C] * G) if G > 1 else (0, P + C, [])
+    longest = getattr(args, "max_length", group)
+    row = min(prompts * longest, max(args.tokens_per_row, longest))
+    passes = -(-prompts // max(1, args.tokens_per_row // group))
+    together = min(prompts, max(1, getattr(args, "rollout_batch_size", 0) // G))  # prompts decoded at once
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    weights, trained = sum(p.numel() for p in model.parameters()), sum(sizes)
+    chunk = max(1, 2**26 // s.vocab)  # tokens that CompletionLogProbs scores at once
+
+    # memory
+    held, start = [0] * num_gpus, 0  # ZeRO-2: a rank keeps the whole gradient of a tensor of which it owns a slice
+    for size in sizes:
+        for rank in range(start * num_gpus // trained, (start + size - 1) * num_gpus // trained + 1):
+            held[rank] += size
+        start += size
+    decoder, tower, again = activation_bytes(model, span, rows * columns, checkpointing)
+    token = 4 * s.layers * s.key  # bytes of a key and a value
+    reduction = {
+        "gradients": 2 * trained / num_gpus if stage == 3 else 2 * max(held) * min(passes, 2),
+        "buckets": 2 * zero.get("reduce_bucket_size", 5e8) * (2 if stage == 2 and zero.get("overlap_comm") else 1),
+    }
+    memory = {
+        "always": {
+            "weights": 2 * weights / (num_gpus if stage == 3 else 1),
+            "optimizer, fp32": 12 * trained / num_gpus,
+            "reference model": 2 * weights * (getattr(args, "beta", 0) > 0),
+            **(reduction if stage == 3 else {}),
+        },
+        "rollout": {
+            "weights gathered": 2 * weights * (stage == 3),
+            "KV cache": together * (P + G * C) * token,
+            "KV cache, old copy": together * G * ((C - 1) // 256 * 256) * token,  # while `widen` makes the new one
+            "logits, probabilities": 4 * together * G * s.vocab * 4,
+            "prompts in the MLP": together * P * 3 * s.mlp * 2,
+        },
+        "train": {
+            **(reduction if stage == 2 else {}),
+            "layers gathered": 2 * min(weights, zero.get("stage3_max_live_parameters", 1e9)) * (stage == 3),
+            "activations, decoder": decoder * row / group,
+            "activations, vision": tower * min(prompts, -(-row // group)) * (not args.freeze_vision),
+            "activations, again": again * row / group,
+            "lm_head": 14 * s.vocab * min(row * G * C // group, chunk) + 4 * s.vocab * s.hidden,
+        },
+        "update": {"gradients": 2 * trained / num_gpus * (stage == 2), "in fp32, temporary": 8 * trained / num_gpus},
+    }
+    if G == 1:
+        del memory["rollout"]
+    peak = sum(memory["always"].values()) + max(sum(memory[phase].values()) for phase in list(memory)[1:])
+
+    # time
+    scored, updates, own = prompts * G * C, getattr(args, "num_iterations", 1), args.freeze_vision
+    decode = -(-prompts // together)
+    pairs, look = prompts * attended_pairs([span]), prompts * vision_flops(s, rows, columns)
+    forward = decoder_flops(s, prompts * group, pairs, scored) + look * (not own)
+    train = 3 * decoder_flops(s, prompts * group, pairs, scored)
+    train += look * (G == 1) if own else prompts * vision_flops(s, rows, columns, trained=True)
+    train += decoder_flops(s, prompts * group, pairs, 0) + look * (not own) if checkpointing else 0
+    train += 2 * s.vocab * s.hidden * scored if row * G * C // group > chunk else 0  # chunks are computed twice
+    train += forward if memory["always"]["reference model"] else 0
+    read = 2 * (s.body + s.vocab * s.hidden) + together * (P + G * C / 2) * token  # bytes per token step
+    link = card["nvlink"] if num_gpus <= 8 else min(card["nvlink"], 8 * card["network"])
+    moved = updates * 2 * (trained * (passes + 1) if stage == 2 else (2 * weights + trained) * passes)
+    moved += 4 * weights * decode * (stage == 3 and G > 1)
+    seconds = {
+        "vision": look / card["flops"],
+        "prefill": decoder_flops(s, prompts * P, prompts * attended_pairs([(0, P, [])]), prompts) / card["flops"],
+        "decode": decode * C * max(read / card["hbm"],
+                                   decoder_flops(s, together * G, together * G * (P + C / 2), together * G)
+                                   / card["flops"]),
+        "train": updates * train / card["flops"],
+        "optimizer": updates * 30 * trained / num_gpus / card["hbm"],  # 16 bytes read, 14 written
+        "communication": moved * (num_gpus - 1) / num_gpus / link,
+    }  # fmt: skip
+    if G == 1:
+        seconds = {name: s for name, s in seconds.items() if name not in ("vision", "prefill", "decode")}
+    step = sum(seconds.values()) - min(seconds["train"], seconds["communication"])  # which overlap at best
+    return SimpleNamespace(memory=memory, peak=peak, seconds=seconds, step=step, batch=prompts * num_gpus, row=row,
+                           passes=passes, prompts=prompts, image=image, prompt=P)  # fmt: skip
+
+
+def meta_model(path):
+    """Any Qwen-VL without weights, from its config."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    AttentionInterface.register("plan", plan_attention)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.set_attn_implementation({"text_config": "plan", "vision_config": "plan"})
+    return model
+
+
+def print_plan(args):
+    """What --plan prints: memory of a GPU and the least time of a step, as started and with one thing changed."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", args.plan)
+    if not found or found[2] not in GPUS:
+        raise SystemExit(f"--plan {args.plan}: want a number and a GPU of {', '.join(GPUS)}, as in 8xh100")
+    model, gpu, num_gpus = meta_model(args.model), found[2], int(found[1] or 8)
+    own = (json.loads(Path(args.deepspeed).read_text())["zero_optimization"]["stage"], args.gradient_checkpointing)
+    size = GPUS[gpu]["bytes"]
+
+    def at(stage=own[0], checkpointing=own[1], gpus=num_gpus, **changes):
+        return plan(model, argparse.Namespace(**vars(args) | changes), gpu, gpus, stage, checkpointing)
+
+    def verdict(peak):
+        return "fits" if peak < 0.9 * size else "tight" if peak < size else "too large"
+
+    kinds = {"ZeRO-2": (2, False), "+ checkp.": (2, True), "ZeRO-3": (3, False), "+ checkp. ": (3, True)}
+    plans, now = [at(*kind) for kind in kinds.values()], at()
+    C = getattr(args, "max_completion_length", PLAN_COMPLETION)
+    print(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters on {num_gpus} x {gpu}; "
+        f"{now.batch} prompts a step, {now.prompts} a GPU, each of {now.image} tokens of image and {PLAN_TEXT} of text, "
+        f"{getattr(args, 'num_generations', 1)} completions of {C}; rows of up to {now.row} tokens\n\n"
+        + " " * 32 + "".join(f"{kind:>12}" for kind in kinds)
+    )  # fmt: skip
+    for phase in now.memory:
+        for item in dict.fromkeys(item for p in plans for item in p.memory[phase]):
+            values = [p.memory[phase].get(item, 0) for p in plans]
+            if any(values):
+                print(f"{phase:9}{item:20} GB" + "".join(f"{v / 1e9:12.2f}" for v in values))
+    print(f"{'peak':29} GB" + "".join(f"{p.peak / 1e9:12.1f}" for p in plans))
+    print(f"{f'of {size / 1e9:.0f} GB':32}" + "".join(f"{verdict(p.peak):>12}" for p in plans) + "\n")
+    for phase in now.seconds:
+        print(f"{phase:30} s" + "".join(f"{p.seconds[phase]:12.3f}" for p in plans))
+    print(f"{'step, at least':30} s" + "".join(f"{p.step:12.3f}" for p in plans))
+    steps = args.max_steps or args.num_epochs * 1000 / now.batch
+    print(
+        f"\nas started (ZeRO-{own[0]}, checkpointing {'on' if own[1] else 'off'}): {now.peak / 1e9:.1f} of "
+        f"{size / 1e9:.0f} GB: {verdict(now.peak)}; {steps:.0f} steps{'' if args.max_steps else ' for 1,000 rows'}, "
+        f"at least {steps * now.step / 3600:.2f} h. Seconds are lower bounds at the GPU's peaks; the CUDA context, NCCL "
+        "and fragmentation are not in the GB."
+    )
+    if verdict(now.peak) != "fits":
+        helps = {"--gradient_checkpointing": {"checkpointing": True}, "--freeze_vision": {"freeze_vision": True},
+                 "--tokens_per_row 1024": {"tokens_per_row": 1024}, "ZeRO-3": {"stage": 3},
+                 "both": {"stage": 3, "checkpointing": True}, f"{2 * num_gpus} GPUs": {"gpus": 2 * num_gpus}}  # fmt: skip
+        print("what helps: " + ", ".join(f"{name} {at(**change).peak / 1e9:.1f}" for name, change in helps.items()))
+    varied = {"num_generations": (4, 8, 16, 32), "max_completion_length": (256, 512, 1024, 2048),
+              "train_batch_size": (16, 64, 256, 1024), "tokens_per_row": (2048, 4096, 8192, 16384),
+              "gpus": (8, 16, 64, 256, 1024)}  # fmt: skip
+    for name, values in varied.items():
+        if name == "gpus" or hasattr(args, name):
+            others = [at(**{name: value}) for value in values]
+            print(f"\n{name:32}" + "".join(f"{value:12}" for value in values))
+            print(f"{'peak':29} GB" + "".join(f"{p.peak / 1e9:12.1f}" for p in others))
+            print(f"{'step, at least':30} s" + "".join(f"{p.step:12.3f}" for p in others))
+            if name == "gpus":  # a rank takes at least one prompt
+                print(f"{'prompts a step':32}" + "".join(f"{p.batch:12}" for p in others))
+
+
+# <<< shared:plan
+
+
 # ---- data ----
 def wanted(sample, target):
     """(user text, assistant text) of a row: its messages as they are, or the question and the bare answer."""
@@ -862,6 +1151,8 @@ def encode_row(sample, tokenizer, image_processor, target):
 
 def main():
     args, start = parse_args(), time.time()
+    if args.plan:
+        return print_plan(args)
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if not wanted(s, args.target)[1]]:
         raise SystemExit(
