@@ -6,6 +6,7 @@ writes  --output_dir: metrics.jsonl, curves.png, config.json, checkpoint-N/ (res
   smoke    python train_sft.py --model tests/toy/base --data runs/toy/filter_cot/samples.jsonl --output_dir runs/sft
   1 GPU    python train_sft.py --model Qwen/Qwen2-VL-2B-Instruct --data cot.jsonl --output_dir runs/sft
   8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data ... --output_dir runs/sft
+  before   python train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --plan 8xh100   (memory, and time at the least)
 
 Paper defaults (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger frozen, AdamW
 5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an over-long row is
@@ -840,9 +841,9 @@ def epoch_order(index, count, seed):
 
 
 # >>> shared:plan (source)
-# One GPU (SXM), peaks of the vendor's datasheets "NVIDIA A100", "NVIDIA H100", "NVIDIA H200": dense bf16 FLOP/s (half of
-# the figure with sparsity), bytes/s and bytes of HBM, bytes/s of NVLink one way (half of the figure both ways), and of
-# the network as in "DGX A100" (200 Gb/s a GPU), "DGX H100" and "DGX H200" (400 Gb/s a GPU).
+# Peaks of one GPU (SXM) from NVIDIA's datasheets "A100 80GB", "H100", "H200": dense bf16 FLOP/s (half of the figure
+# with sparsity), bytes/s and bytes of HBM, bytes/s of NVLink one way (half of the figure for both ways), and bytes/s
+# of the network as in "DGX A100" (200 Gb/s a GPU), "DGX H100" and "DGX H200" (400 Gb/s a GPU).
 GPUS = {
     "a100": dict(flops=312e12, hbm=2.039e12, bytes=80e9, nvlink=300e9, network=25e9),
     "h100": dict(flops=989e12, hbm=3.35e12, bytes=80e9, nvlink=450e9, network=50e9),
@@ -864,23 +865,13 @@ def model_sizes(model):
         return sum(math.prod(getattr(w, "ds_shape", w.shape)) for w in found)  # ZeRO-3 leaves a rank empty weights
 
     return SimpleNamespace(
-        layers=len(text.layers),
-        hidden=config.hidden_size,
-        vocab=config.vocab_size,
-        query=text.layers[0].self_attn.q_proj.out_features,
-        key=text.layers[0].self_attn.k_proj.out_features,
-        mlp=text.layers[0].mlp.gate_proj.out_features,
-        body=weights(text.layers),
-        patch=vision.patch_size,
-        merge=vision.spatial_merge_size,
-        window=getattr(vision, "window_size", 0) // vision.patch_size,
-        depth=depth,
-        full=len(getattr(vision, "fullatt_block_indexes", range(depth))),
-        width=visual.blocks[0].attn.proj.in_features,
-        patch_embed=weights(visual.patch_embed),
-        blocks=weights(visual.blocks),
-        mergers=weights(visual, "merger"),
-    )
+        layers=len(text.layers), hidden=config.hidden_size, vocab=config.vocab_size, body=weights(text.layers),
+        query=text.layers[0].self_attn.q_proj.out_features, key=text.layers[0].self_attn.k_proj.out_features,
+        mlp=text.layers[0].mlp.gate_proj.out_features, width=visual.blocks[0].attn.proj.in_features, depth=depth,
+        full=len(getattr(vision, "fullatt_block_indexes", range(depth))), merge=vision.spatial_merge_size,
+        window=getattr(vision, "window_size", 0) // vision.patch_size, patch=vision.patch_size,
+        patch_embed=weights(visual.patch_embed), blocks=weights(visual.blocks), mergers=weights(visual, "merger"),
+    )  # fmt: skip
 
 
 def attended_pairs(spans):
@@ -955,97 +946,115 @@ def activation_bytes(model, span, patches, checkpointing):
     return decoder, sizes.depth * tower + ends, max(layer, block) if checkpointing else 0
 
 
-def plan(model, args, gpu, num_gpus, stage, checkpointing):
-    """Memory and time of one rank, from the flags alone: memory {phase: {item: bytes}}, peak, seconds {phase: s}, step.
-
-    Memory is that of the longest rows the flags let in, in bf16; a phase needs "always" and its own items. Seconds are
-    what the GPU's peaks allow: a run takes longer. What DeepSpeed holds is read from its stage_1_and_2.py and stage3.py.
-    """
-    model.model.visual.requires_grad_(not args.freeze_vision)
-    s, card, zero = model_sizes(model), GPUS[gpu], json.loads(Path(args.deepspeed).read_text())["zero_optimization"]
+def plan_shape(sizes, args, num_gpus):
+    """What a rank computes in a step, if completions have full length and rows are as long as the flags let them be."""
     G, C = getattr(args, "num_generations", 1), getattr(args, "max_completion_length", PLAN_COMPLETION)
-    image = args.max_pixels // (s.patch * s.merge) ** 2
-    rows = next(r for r in range(math.isqrt(image), 0, -1) if image % r == 0)
-    rows, columns = rows * s.merge, image // rows * s.merge
-    P, group, prompts = image + PLAN_TEXT, image + PLAN_TEXT + G * C, -(-args.train_batch_size // num_gpus)
-    span = (0, P, [C] * G) if G > 1 else (0, P + C, [])
-    longest = getattr(args, "max_length", group)
+    tokens = args.max_pixels // (sizes.patch * sizes.merge) ** 2  # of an image
+    high = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+    P, group, prompts = tokens + PLAN_TEXT, tokens + PLAN_TEXT + G * C, -(-args.train_batch_size // num_gpus)
+    longest = getattr(args, "max_length", group)  # SFT lets longer rows in than the usual
     row = min(prompts * longest, max(args.tokens_per_row, longest))
-    passes = -(-prompts // max(1, args.tokens_per_row // group))
-    together = min(prompts, max(1, getattr(args, "rollout_batch_size", 0) // G))  # prompts decoded at once
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    weights, trained = sum(p.numel() for p in model.parameters()), sum(sizes)
-    chunk = max(1, 2**26 // s.vocab)  # tokens that CompletionLogProbs scores at once
+    return SimpleNamespace(
+        G=G, C=C, P=P, group=group, image=tokens, span=(0, P, [C] * G) if G > 1 else (0, P + C, []),
+        patches=(high * sizes.merge, tokens // high * sizes.merge),
+        prompts=prompts,  # of a rank, which takes at least one
+        passes=-(-prompts // max(1, args.tokens_per_row // group)),
+        row=row,
+        images=min(prompts, -(-row // group)),  # in that row
+        scored=row * G * C // group,  # tokens in that row that lm_head sees
+        chunk=max(1, 2**26 // sizes.vocab),  # of them CompletionLogProbs takes at once
+        together=min(prompts, max(1, getattr(args, "rollout_batch_size", 0) // G)),  # prompts that are decoded at once
+        kv=4 * sizes.layers * sizes.key,  # bytes of a token's key and value
+    )  # fmt: skip
 
-    # memory
-    held, start = [0] * num_gpus, 0  # ZeRO-2: a rank keeps the whole gradient of a tensor of which it owns a slice
-    for size in sizes:
-        for rank in range(start * num_gpus // trained, (start + size - 1) * num_gpus // trained + 1):
+
+def plan_memory(model, args, num_gpus, stage, checkpointing):
+    """Bytes on a rank in bf16: {phase: {item: bytes}}; a phase needs "always" and its own items.
+
+    What DeepSpeed holds is read from its stage_1_and_2.py and stage3.py.
+    """
+    s, zero = model_sizes(model), json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
+    shape, weights = plan_shape(s, args, num_gpus), sum(p.numel() for p in model.parameters())
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    share, held, start = sum(trained) / num_gpus, [0] * num_gpus, 0
+    for size in trained:  # ZeRO-2: who owns a slice of a tensor keeps its whole gradient
+        for rank in range(int(start / share), int((start + size - 1) / share) + 1):
             held[rank] += size
         start += size
-    decoder, tower, again = activation_bytes(model, span, rows * columns, checkpointing)
-    token = 4 * s.layers * s.key  # bytes of a key and a value
-    reduction = {
-        "gradients": 2 * trained / num_gpus if stage == 3 else 2 * max(held) * min(passes, 2),
+    decoder, tower, again = activation_bytes(model, shape.span, math.prod(shape.patches), checkpointing)
+    rows = shape.together * shape.G
+    reduced = {
+        "gradients": 2 * share if stage == 3 else 2 * max(held) * min(shape.passes, 2),
         "buckets": 2 * zero.get("reduce_bucket_size", 5e8) * (2 if stage == 2 and zero.get("overlap_comm") else 1),
     }
     memory = {
         "always": {
             "weights": 2 * weights / (num_gpus if stage == 3 else 1),
-            "optimizer, fp32": 12 * trained / num_gpus,
+            "optimizer, fp32": 12 * share,
             "reference model": 2 * weights * (getattr(args, "beta", 0) > 0),
-            **(reduction if stage == 3 else {}),
+            **(reduced if stage == 3 else {}),
         },
         "rollout": {
             "weights gathered": 2 * weights * (stage == 3),
-            "KV cache": together * (P + G * C) * token,
-            "KV cache, old copy": together * G * ((C - 1) // 256 * 256) * token,  # while `widen` makes the new one
-            "logits, probabilities": 4 * together * G * s.vocab * 4,
-            "prompts in the MLP": together * P * 3 * s.mlp * 2,
+            "KV cache": (shape.together * shape.P + rows * shape.C) * shape.kv,
+            "KV cache, old copy": rows * ((shape.C - 1) // 256 * 256) * shape.kv,  # while `widen` makes the new one
+            "logits, softmax": 4 * rows * s.vocab * 4,
+            "prefill's widest layer": shape.together * shape.P * 3 * s.mlp * 2,
         },
         "train": {
-            **(reduction if stage == 2 else {}),
+            **(reduced if stage == 2 else {}),
             "layers gathered": 2 * min(weights, zero.get("stage3_max_live_parameters", 1e9)) * (stage == 3),
-            "activations, decoder": decoder * row / group,
-            "activations, vision": tower * min(prompts, -(-row // group)) * (not args.freeze_vision),
-            "activations, again": again * row / group,
-            "lm_head": 14 * s.vocab * min(row * G * C // group, chunk) + 4 * s.vocab * s.hidden,
+            "activations, decoder": decoder * shape.row / shape.group,
+            "activations, vision": tower * shape.images * (not args.freeze_vision),
+            "lm_head, or a layer": max(  # 16 bytes per logit of a chunk, forward and backward: measured on a CPU
+                16 * s.vocab * min(shape.scored, shape.chunk) + 4 * s.vocab * s.hidden, again * shape.row / shape.group
+            ),
         },
-        "update": {"gradients": 2 * trained / num_gpus * (stage == 2), "in fp32, temporary": 8 * trained / num_gpus},
+        "update": {"gradients": 2 * share * (stage == 2), "in fp32, temporary": 8 * share},
     }
-    if G == 1:
-        del memory["rollout"]
-    peak = sum(memory["always"].values()) + max(sum(memory[phase].values()) for phase in list(memory)[1:])
+    return memory if shape.G > 1 else {phase: memory[phase] for phase in memory if phase != "rollout"}
 
-    # time
-    scored, updates, own = prompts * G * C, getattr(args, "num_iterations", 1), args.freeze_vision
-    decode = -(-prompts // together)
-    pairs, look = prompts * attended_pairs([span]), prompts * vision_flops(s, rows, columns)
-    forward = decoder_flops(s, prompts * group, pairs, scored) + look * (not own)
-    train = 3 * decoder_flops(s, prompts * group, pairs, scored)
-    train += look * (G == 1) if own else prompts * vision_flops(s, rows, columns, trained=True)
-    train += decoder_flops(s, prompts * group, pairs, 0) + look * (not own) if checkpointing else 0
-    train += 2 * s.vocab * s.hidden * scored if row * G * C // group > chunk else 0  # chunks are computed twice
-    train += forward if memory["always"]["reference model"] else 0
-    read = 2 * (s.body + s.vocab * s.hidden) + together * (P + G * C / 2) * token  # bytes per token step
-    link = card["nvlink"] if num_gpus <= 8 else min(card["nvlink"], 8 * card["network"])
-    moved = updates * 2 * (trained * (passes + 1) if stage == 2 else (2 * weights + trained) * passes)
-    moved += 4 * weights * decode * (stage == 3 and G > 1)
-    seconds = {
-        "vision": look / card["flops"],
-        "prefill": decoder_flops(s, prompts * P, prompts * attended_pairs([(0, P, [])]), prompts) / card["flops"],
-        "decode": decode * C * max(read / card["hbm"],
-                                   decoder_flops(s, together * G, together * G * (P + C / 2), together * G)
-                                   / card["flops"]),
+
+def plan_seconds(model, args, card, num_gpus, stage, checkpointing):
+    """{phase: seconds} of a step at the GPU's peaks: lower bounds for full-length completions."""
+    s, trained = model_sizes(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape, weights, frozen = (
+        plan_shape(s, args, num_gpus),
+        sum(p.numel() for p in model.parameters()),
+        args.freeze_vision,
+    )
+    prompts, rows, updates = shape.prompts, shape.together * shape.G, getattr(args, "num_iterations", 1)
+    scored, rollouts = prompts * shape.G * shape.C, -(-prompts // shape.together) if shape.G > 1 else 0
+    look, pairs = prompts * vision_flops(s, *shape.patches), prompts * attended_pairs([shape.span])
+    forward = decoder_flops(s, prompts * shape.group, pairs, scored)
+    head = 2 * s.vocab * s.hidden * scored
+    train = 3 * forward + (not frozen) * prompts * vision_flops(s, *shape.patches, trained=True)
+    train += look * (frozen and shape.G == 1)  # GRPO keeps what the frozen tower said in the rollout
+    train += (forward - head + look * (not frozen)) * checkpointing + head * (shape.scored > shape.chunk)
+    train += (forward + look * (not frozen)) * (getattr(args, "beta", 0) > 0)
+    read = 2 * (s.body + s.vocab * s.hidden) + (shape.together * shape.P + rows * shape.C / 2) * shape.kv
+    token = max(read / card["hbm"], decoder_flops(s, rows, rows * (shape.P + shape.C / 2), rows) / card["flops"])
+    prefill = decoder_flops(s, prompts * shape.P, prompts * attended_pairs([(0, shape.P, [])]), prompts)
+    link = card["nvlink"] if num_gpus <= 8 else min(card["nvlink"], 8 * card["network"])  # 8 GPUs a node
+    # bytes: gradients are reduced after every pass; weights are gathered after the update, or twice a pass by ZeRO-3
+    moved = updates * 2 * (trained * (shape.passes + 1) if stage == 2 else (trained + 2 * weights) * shape.passes)
+    moved += rollouts * 2 * 2 * weights * (stage == 3)
+    rollout = {"vision": look / card["flops"], "prefill": prefill / card["flops"], "decode": rollouts * shape.C * token}
+    return (rollout if rollouts else {}) | {
         "train": updates * train / card["flops"],
         "optimizer": updates * 30 * trained / num_gpus / card["hbm"],  # 16 bytes read, 14 written
         "communication": moved * (num_gpus - 1) / num_gpus / link,
-    }  # fmt: skip
-    if G == 1:
-        seconds = {name: s for name, s in seconds.items() if name not in ("vision", "prefill", "decode")}
-    step = sum(seconds.values()) - min(seconds["train"], seconds["communication"])  # which overlap at best
-    return SimpleNamespace(memory=memory, peak=peak, seconds=seconds, step=step, batch=prompts * num_gpus, row=row,
-                           passes=passes, prompts=prompts, image=image, prompt=P)  # fmt: skip
+    }
+
+
+def plan(model, args, gpu, num_gpus, stage, checkpointing):
+    """Peak bytes of a rank and least seconds of a step, with what they are made of."""
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    memory = plan_memory(model, args, num_gpus, stage, checkpointing)
+    seconds = plan_seconds(model, args, GPUS[gpu], num_gpus, stage, checkpointing)
+    always, *phases = (sum(items.values()) for items in memory.values())
+    step = sum(seconds.values()) - min(seconds["train"], seconds["communication"])  # at best the two overlap
+    return SimpleNamespace(memory=memory, seconds=seconds, peak=always + max(phases), step=step)
 
 
 def meta_model(path):
@@ -1066,62 +1075,63 @@ def meta_model(path):
 
 
 def print_plan(args):
-    """What --plan prints: memory of a GPU and the least time of a step, as started and with one thing changed."""
+    """What --plan prints: memory of a GPU and least time of a step, for ZeRO-2 and 3, then with one thing changed."""
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", args.plan)
     if not found or found[2] not in GPUS:
-        raise SystemExit(f"--plan {args.plan}: want a number and a GPU of {', '.join(GPUS)}, as in 8xh100")
-    model, gpu, num_gpus = meta_model(args.model), found[2], int(found[1] or 8)
-    own = (json.loads(Path(args.deepspeed).read_text())["zero_optimization"]["stage"], args.gradient_checkpointing)
-    size = GPUS[gpu]["bytes"]
+        raise SystemExit(f"--plan {args.plan}: no such GPU; want one of {', '.join(GPUS)}, as in 8xh100")
+    model, gpu, num_gpus, limit = meta_model(args.model), found[2], int(found[1] or 8), GPUS[found[2]]["bytes"]
+    stage = max(2, json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]["stage"])
+    shape = plan_shape(model_sizes(model), args, num_gpus)
 
-    def at(stage=own[0], checkpointing=own[1], gpus=num_gpus, **changes):
+    def at(stage=stage, checkpointing=args.gradient_checkpointing, gpus=num_gpus, **changes):
         return plan(model, argparse.Namespace(**vars(args) | changes), gpu, gpus, stage, checkpointing)
 
-    def verdict(peak):
-        return "fits" if peak < 0.9 * size else "tight" if peak < size else "too large"
+    def line(name, values, digits=None):
+        print(f"{name:35}" + "".join(f"{v:>12}" if digits is None else f"{v:12.{digits}f}" for v in values))
 
-    kinds = {"ZeRO-2": (2, False), "+ checkp.": (2, True), "ZeRO-3": (3, False), "+ checkp. ": (3, True)}
+    def verdict(peak):  # a tenth is left to what is not counted
+        return "fits" if peak < 0.9 * limit else "tight" if peak < limit else "too large"
+
+    kinds = {"ZeRO-2": (2, False), "+ checkp.": (2, True), "ZeRO-3": (3, False), " + checkp.": (3, True)}
     plans, now = [at(*kind) for kind in kinds.values()], at()
-    C = getattr(args, "max_completion_length", PLAN_COMPLETION)
     print(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters on {num_gpus} x {gpu}; "
-        f"{now.batch} prompts a step, {now.prompts} a GPU, each of {now.image} tokens of image and {PLAN_TEXT} of text, "
-        f"{getattr(args, 'num_generations', 1)} completions of {C}; rows of up to {now.row} tokens\n\n"
-        + " " * 32 + "".join(f"{kind:>12}" for kind in kinds)
-    )  # fmt: skip
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, {num_gpus} x {gpu}\n"
+        f"{shape.prompts} prompts a GPU: {shape.image} tokens of image, {PLAN_TEXT} of text, {shape.G} x {shape.C} of "
+        f"completion; rows of up to {shape.row} tokens\nGB are those of such rows, without the CUDA context, NCCL and "
+        "fragmentation; seconds are lower bounds at the peaks of the GPU\n"
+    )
+    line("", kinds)
     for phase in now.memory:
         for item in dict.fromkeys(item for p in plans for item in p.memory[phase]):
-            values = [p.memory[phase].get(item, 0) for p in plans]
-            if any(values):
-                print(f"{phase:9}{item:20} GB" + "".join(f"{v / 1e9:12.2f}" for v in values))
-    print(f"{'peak':29} GB" + "".join(f"{p.peak / 1e9:12.1f}" for p in plans))
-    print(f"{f'of {size / 1e9:.0f} GB':32}" + "".join(f"{verdict(p.peak):>12}" for p in plans) + "\n")
+            if any(values := [p.memory[phase].get(item, 0) / 1e9 for p in plans]):
+                line(f"{phase:8} {item:22}  GB", values, 2)
+    line("peak                             GB", [p.peak / 1e9 for p in plans], 1)
+    line(f"of {limit / 1e9:.0f} GB", [verdict(p.peak) for p in plans])
     for phase in now.seconds:
-        print(f"{phase:30} s" + "".join(f"{p.seconds[phase]:12.3f}" for p in plans))
-    print(f"{'step, at least':30} s" + "".join(f"{p.step:12.3f}" for p in plans))
-    steps = args.max_steps or args.num_epochs * 1000 / now.batch
+        line(f"{phase:33} s", [p.seconds[phase] for p in plans], 3)
+    line("step, at least                    s", [p.step for p in plans], 3)
+    steps = args.max_steps or args.num_epochs * 1000 / (shape.prompts * num_gpus)
     print(
-        f"\nas started (ZeRO-{own[0]}, checkpointing {'on' if own[1] else 'off'}): {now.peak / 1e9:.1f} of "
-        f"{size / 1e9:.0f} GB: {verdict(now.peak)}; {steps:.0f} steps{'' if args.max_steps else ' for 1,000 rows'}, "
-        f"at least {steps * now.step / 3600:.2f} h. Seconds are lower bounds at the GPU's peaks; the CUDA context, NCCL "
-        "and fragmentation are not in the GB."
+        f"\nas started (ZeRO-{stage}, checkpointing {'on' if args.gradient_checkpointing else 'off'}): "
+        f"{now.peak / 1e9:.1f} GB, {verdict(now.peak)}; {steps:.0f} steps{'' if args.max_steps else ' per 1,000 rows'}"
+        f", at least {steps * now.step / 60:.1f} min"
     )
+    helps = {"--gradient_checkpointing": {"checkpointing": True}, "--freeze_vision": {"freeze_vision": True},
+             "--tokens_per_row 1024": {"tokens_per_row": 1024}, "ZeRO-3": {"stage": 3},
+             "ZeRO-3 and checkpointing": {"stage": 3, "checkpointing": True},
+             f"{2 * num_gpus} GPUs": {"gpus": 2 * num_gpus}}  # fmt: skip
     if verdict(now.peak) != "fits":
-        helps = {"--gradient_checkpointing": {"checkpointing": True}, "--freeze_vision": {"freeze_vision": True},
-                 "--tokens_per_row 1024": {"tokens_per_row": 1024}, "ZeRO-3": {"stage": 3},
-                 "both": {"stage": 3, "checkpointing": True}, f"{2 * num_gpus} GPUs": {"gpus": 2 * num_gpus}}  # fmt: skip
-        print("what helps: " + ", ".join(f"{name} {at(**change).peak / 1e9:.1f}" for name, change in helps.items()))
+        print("GB with " + ", ".join(f"{name}: {at(**change).peak / 1e9:.1f}" for name, change in helps.items()))
     varied = {"num_generations": (4, 8, 16, 32), "max_completion_length": (256, 512, 1024, 2048),
-              "train_batch_size": (16, 64, 256, 1024), "tokens_per_row": (2048, 4096, 8192, 16384),
-              "gpus": (8, 16, 64, 256, 1024)}  # fmt: skip
+              "train_batch_size": (16, 64, 256, 1024), "gpus": (8, 16, 64, 256, 1024)}  # fmt: skip
     for name, values in varied.items():
         if name == "gpus" or hasattr(args, name):
             others = [at(**{name: value}) for value in values]
-            print(f"\n{name:32}" + "".join(f"{value:12}" for value in values))
-            print(f"{'peak':29} GB" + "".join(f"{p.peak / 1e9:12.1f}" for p in others))
-            print(f"{'step, at least':30} s" + "".join(f"{p.step:12.3f}" for p in others))
-            if name == "gpus":  # a rank takes at least one prompt
-                print(f"{'prompts a step':32}" + "".join(f"{p.batch:12}" for p in others))
+            print()
+            line(name if name == "gpus" else f"--{name}", values)
+            line("peak                             GB", [p.peak / 1e9 for p in others], 1)
+            line("step, at least                    s", [p.step for p in others], 3)
+    line("prompts (a GPU takes at least one)", [max(1, -(-args.train_batch_size // n)) * n for n in varied["gpus"]])
 
 
 # <<< shared:plan

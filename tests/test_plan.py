@@ -3,12 +3,16 @@
 import json
 import re
 import sys
+from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
@@ -137,19 +141,46 @@ def test_attended_pairs_equal_a_count_of_the_mask():
     assert t.attended_pairs(spans) == pairs
 
 
+def peak_bytes(call):
+    """Most bytes that call() holds at once, beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-def test_activations_equal_what_autograd_saves(family, checkpointing, tmp_path):
-    """In bf16 within 15 %: the packed attention of a CPU keeps copies that the CUDA kernel does without."""
+def test_activations_are_what_autograd_saves_and_the_peak_of_a_pass(family, checkpointing, tmp_path):
+    """In bf16. The packed attention of a CPU keeps copies that the CUDA kernel does without: 6 % here."""
     model = build(family, torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    row = t.pack([item((16, 28), [90, 60, 70], dtype=torch.bfloat16)], "cpu")
-    saved = t.saved_bytes(lambda: score(model, row), *model.parameters())
+    row = t.pack([item((32, 56), [200] * 4, dtype=torch.bfloat16)], "cpu")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     tiny_config(family).save_pretrained(tmp_path)
-    decoder, tower, again = t.activation_bytes(t.meta_model(tmp_path), row.spans[0], 16 * 28, checkpointing)
-    logits = 4 * len(row.at) * 300
-    assert decoder + tower + logits == pytest.approx(saved, rel=0.15)
+    decoder, tower, again = t.activation_bytes(t.meta_model(tmp_path), row.spans[0], 32 * 56, checkpointing)
+    saved = t.saved_bytes(lambda: score(model, row), *model.parameters())
+    assert decoder + tower + 4 * len(row.at) * 300 == pytest.approx(saved, rel=0.1)  # and the fp32 logits
+    lm_head = 16 * len(row.at) * 300 + 4 * 300 * 128  # as in plan_memory
+    peak = peak_bytes(lambda: score(model, row).sum().backward())
+    assert decoder + tower + max(again, lm_head) == pytest.approx(peak, rel=0.15)
     assert bool(again) == checkpointing
+
+
+def test_a_chunk_of_logits_takes_16_bytes_each():
+    """lm_head and loss, forward and backward, in chunks that are computed twice."""
+    head, vocab = torch.nn.Linear(64, 20000, bias=False).bfloat16(), 20000
+    scorer = SimpleNamespace(model=SimpleNamespace(lm_head=head), banned=[5], temperature=1.0)
+    hidden, targets = torch.randn(800, 64, dtype=torch.bfloat16, requires_grad=True), torch.arange(800) + 6
+
+    def call():
+        chunks = zip(hidden.split(200), targets.split(200), strict=True)
+        score = partial(checkpoint, t.CompletionLogProbs.score, scorer, use_reentrant=False)
+        torch.cat([score(h, ids) for h, ids in chunks]).sum().backward()
+
+    call()
+    assert 16 * 200 * vocab + 4 * vocab * 64 == pytest.approx(peak_bytes(call), rel=0.1)
 
 
 ENGINE = """
@@ -157,49 +188,50 @@ import gc, json, sys, torch
 import torch.distributed as dist
 sys.path[:0] = ["ROOT", "ROOT/tests"]
 import train_sft as t
-from test_plan import build, item, Qwen2VLConfig
+from test_plan import Qwen2VLConfig, build, item
 
-args = t.parse_args(["--model", "x", "--data", "x", "--output_dir", "x", "--deepspeed", sys.argv[1]])
-rank, world_size, device = t.init_dist()
-model = build(Qwen2VLConfig, torch.bfloat16)
-row = t.pack([item((8, 14), [9], dtype=torch.bfloat16)], "cpu")
-model.model.visual.requires_grad_(False)
-engine = t.start_engine(t.CompletionLogProbs(model), args)
-
-def held():
+def storages():
     gc.collect()
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
 
-found = []
-for last in (False, True):
-    t.backward(engine, engine(row).sum(), last)
-found.append(held())
-engine.step()
-found.append(held())
-box = [None] * world_size
-dist.all_gather_object(box, found)
-t.print0("held", json.dumps(box))
+t.init_dist()
+row = t.pack([item((8, 14), [9], dtype=torch.bfloat16)], "cpu")
+for settings in sys.argv[1:]:
+    before, found = storages(), []
+    args = t.parse_args(["--model", "x", "--plan", "--deepspeed", settings])
+    model = build(Qwen2VLConfig, torch.bfloat16)
+    model.model.visual.requires_grad_(False)
+    engine = t.start_engine(t.CompletionLogProbs(model), args)
+    for call in (lambda: t.backward(engine, engine(row).sum(), True), engine.step):
+        call()
+        found.append(sum(s.nbytes() for key, s in storages().items() if key not in before))
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, found)
+    t.print0("held", json.dumps(box))
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_weights_gradients_and_optimizer_are_what_deepspeed_holds(stage, tmp_path):
-    """Two ranks. Buckets of one element, so that the census counts no buffers."""
-    zero = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+def test_weights_gradients_and_optimizer_are_what_deepspeed_holds(tmp_path):
+    """A census of the tensors of two ranks, after a backward pass and after the update."""
+    settings = [tmp_path / "2.json", tmp_path / "3.json"]
+    for path in settings:
+        zero = {"stage": int(path.stem), "reduce_bucket_size": 60000, "stage3_param_persistence_threshold": 0}
+        path.write_text(json.dumps({"zero_optimization": zero}))
     (tmp_path / "engine.py").write_text(ENGINE.replace("ROOT", str(ROOT)))
-    done = run_script(tmp_path / "engine.py", tmp_path / "ds.json",
+    done = run_script(tmp_path / "engine.py", *settings,
                       launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"))  # fmt: skip
-    after_backward, after_step = map(max, zip(*json.loads(re.search(r"held (.*)", done.stdout)[1]), strict=True))
     tiny_config(Qwen2VLConfig).save_pretrained(tmp_path)
-    args = t.parse_args(["--model", "x", "--plan", "--deepspeed", str(tmp_path / "ds.json")])
-    memory = t.plan(t.meta_model(tmp_path), args, "h100", 2, stage, False).memory
-    print(after_backward, after_step, memory)
-    always = memory["always"]["weights"] + memory["always"]["optimizer, fp32"]
-    gradients = {**memory["always"], **memory["train"]}["gradients"]
-    assert after_step == pytest.approx(always + (gradients if stage == 3 else 0), rel=0.05)
+    for path, held in zip(settings, re.findall(r"held (.*)", done.stdout), strict=True):
+        backward, update = map(max, zip(*json.loads(held), strict=True))
+        args = t.parse_args(["--model", "x", "--plan", "--train_batch_size", "2", "--deepspeed", str(path)])
+        memory = t.plan(t.meta_model(tmp_path), args, "h100", 2, int(path.stem), False).memory
+        always, train = memory["always"], memory["train"]
+        moments = 8 / 12 * always["optimizer, fp32"]  # made by the first update
+        if path.stem == "2":
+            assert backward == pytest.approx(sum(always.values()) - moments + train["gradients"], rel=0.002)
+        assert update == pytest.approx(sum(always.values()), rel=0.002)
 
 
 def grpo_args(*flags):
@@ -219,10 +251,46 @@ def test_kv_cache_and_logits_are_those_of_the_rollout(tmp_path):
     assert rollout["KV cache"] == sum(x.nbytes for layer in state.prompt_kv + state.own_kv for x in layer)
     old = train_grpo.widen(train_grpo.replace(state, own_kv=[[x[:, :, :0] for x in y] for y in state.own_kv]), 256)
     assert rollout["KV cache, old copy"] == sum(x.nbytes for layer in old.own_kv for x in layer)
-    assert rollout["logits, probabilities"] == 4 * state.logits.nbytes
+    assert rollout["logits, softmax"] == 4 * state.logits.nbytes
+
+
+CONFIGS = "tests/configs/qwen2-vl-"
 
 
 def test_parameters_are_the_published_numbers():
     for name, billions in (("2b", 2.21), ("7b", 8.29)):
-        model = t.meta_model(ROOT / "tests" / "configs" / f"qwen2-vl-{name}")
+        model = t.meta_model(ROOT / f"{CONFIGS}{name}")
         assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
+
+
+def test_more_gpus_than_prompts_make_the_batch_grow():
+    sizes = t.model_sizes(t.meta_model(ROOT / f"{CONFIGS}2b"))
+    args = grpo_args("--train_batch_size", 16)
+    assert [t.plan_shape(sizes, args, n).prompts * n for n in (1, 8, 16, 64)] == [16, 16, 16, 64]
+
+
+def test_table_of_the_readme_is_what_the_plan_gives():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("2b", "7b"):
+        model = t.meta_model(ROOT / f"{CONFIGS}{name}")
+        for script, stage in ((t, "SFT"), (train_grpo, "GRPO")):
+            args = script.parse_args(["--model", "x", "--plan"])
+            peaks = [t.plan(model, args, "h100", 8, *kind).peak / 1e9 for kind in ((2, 0), (2, 1), (3, 0), (3, 1))]
+            assert f"| {name.upper()}, {stage} | " + " | ".join(f"{p:.1f}" for p in peaks) + " |" in readme
+
+
+def test_example_of_the_readme_is_what_the_command_prints(monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Before you queue")[1]
+    _, command, _, example, *_ = (part.strip("\n") for part in readme.split("```"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command.split("#")[0].split()[2:])
+    train_grpo.main()
+    assert example.count("\n") > 2 and set(example.split("\n")) <= set(capsys.readouterr().out.split("\n"))
+
+
+def test_plan_says_in_one_line_what_is_wrong(capsys):
+    with pytest.raises(SystemExit, match="--plan 8xb100: no such GPU; want one of a100, h100, h200, as in 8xh100"):
+        t.print_plan(t.parse_args(["--model", "x", "--plan", "8xb100"]))
+    with pytest.raises(SystemExit):
+        t.parse_args(["--model", "x"])
+    assert "the following arguments are required: --data, --output_dir" in capsys.readouterr().err
