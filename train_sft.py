@@ -937,10 +937,9 @@ def activation_bytes(model, span, patches, checkpointing):
         lambda: visual.blocks[0](patch, cu_seqlens=torch.tensor([0, patches]), position_embeddings=(angles, angles)),
         *weights, angles,
     )  # fmt: skip
-    ends = saved_bytes(lambda: visual.patch_embed(pixels), *weights)
-    ends += saved_bytes(lambda: visual.merger(patch), *weights) * (
-        1 + len(getattr(visual, "deepstack_merger_list", ()))
-    )
+    mergers = 1 + len(getattr(visual, "deepstack_merger_list", ()))
+    ends = mergers * saved_bytes(lambda: visual.merger(patch), *weights)
+    ends += saved_bytes(lambda: visual.patch_embed(pixels), *weights)
     decoder, tower = (x.nbytes, patch.nbytes) if checkpointing else (layer, block)
     decoder = sizes.layers * decoder + saved_bytes(lambda: text.norm(x), *weights)
     return decoder, sizes.depth * tower + ends, max(layer, block) if checkpointing else 0
