@@ -6,6 +6,7 @@ writes  --output_dir: metrics.jsonl, samples.jsonl, curves.png, config.json, che
   smoke    python train_grpo.py --model runs/toy/train_cot_sft/final --data runs/toy/filter_grpo/samples.jsonl ...
   1 GPU    python train_grpo.py --model runs/cot_sft/final --data runs/grpo_data/samples.jsonl --output_dir ...
   8 GPUs   torchrun --nproc_per_node 8 train_grpo.py --model runs/cot_sft/final --data ... --output_dir ...
+  before   python train_grpo.py --model runs/cot_sft/final --plan 8xh100   (memory, and time at the least)
 
 One step: 1 draw prompts  2 roll out G completions each, all prompts of the step together  3 rewards by name
 4 advantages within the group  5 clipped loss (+ beta x k3 KL)  6 update.
@@ -57,8 +58,8 @@ from torch.utils.checkpoint import checkpoint
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--model", required=True, help="the stage-1 model, a Hugging Face folder or name")
-    p.add_argument("--data", required=True, help="samples.jsonl, or .parquet with image, problem, solution")
-    p.add_argument("--output_dir", required=True, help="run folder; an interrupted run is continued")
+    p.add_argument("--data", help="samples.jsonl, or .parquet with image, problem, solution")
+    p.add_argument("--output_dir", help="run folder; an interrupted run is continued")
     # rollout
     p.add_argument("--num_generations", type=int, default=4, help="G, completions per prompt (paper: 4)")
     p.add_argument("--max_completion_length", type=int, default=512, help="tokens (paper: 512)")
@@ -159,7 +160,16 @@ def parse_args(argv=None):
     p.add_argument("--save_steps", type=int, default=100, help="0 means no checkpoint before the end")
     p.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--plan",
+        nargs="?",
+        const="8xh100",
+        metavar="NxGPU",
+        help="only print what a run needs of memory and, at least, of time; reads nothing but the model's config",
+    )
     args = p.parse_args(argv)
+    if not args.plan and (missing := [f"--{name}" for name in ("data", "output_dir") if not getattr(args, name)]):
+        p.error(f"the following arguments are required: {', '.join(missing)}")
     if args.num_generations < 2:
         p.error(f"--num_generations {args.num_generations}: a group of one has no advantage; want at least 2")
     if args.temperature <= 0:
@@ -975,23 +985,13 @@ def backward(engine, loss, last):
 
 
 def train_flops(model, row):
-    """FLOPs of forward and backward over a packed row: 6 per trained weight and token, 12 per attended pair and width.
-
-    A frozen or already computed vision tower counts its forward pass or nothing; recomputation is not counted.
+    """FLOPs of forward and backward over a packed row; a frozen or already computed vision tower counts its forward
+    pass or nothing; recomputation is not counted. Formulas: see `plan`.
     """
-    config, vision, patches = model.config.get_text_config(), model.model.visual, row.image_grid_thw.prod(1)
-    pairs = sum(n * n / 2 + sum(c * (n + c / 2) for c in completions) for _, n, completions in row.spans)
-    body = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    flops = 6 * (body * row.input_ids.numel() + config.vocab_size * config.hidden_size * len(row.at))
-    flops += 12 * config.num_hidden_layers * config.hidden_size * pairs
-    if row.image_features is None:
-        merger = sum(p.numel() for p in vision.merger.parameters())
-        blocks = sum(p.numel() for p in vision.parameters()) - merger
-        tower = (blocks + merger / vision.spatial_merge_size**2) * int(patches.sum())
-        width = getattr(vision.config, "embed_dim", vision.config.hidden_size)
-        tower += 2 * len(vision.blocks) * width * int((patches**2).sum())
-        flops += tower * (6 if next(vision.parameters()).requires_grad else 2)
-    return flops
+    sizes, trained = model_sizes(model), next(model.model.visual.parameters()).requires_grad
+    flops = 3 * decoder_flops(sizes, row.input_ids.numel(), attended_pairs(row.spans), len(row.at))
+    images = row.image_grid_thw.tolist() if row.image_features is None else []
+    return flops + sum(vision_flops(sizes, rows, columns, trained) for _, rows, columns in images)
 
 
 def matmul_rate(device, dtype):
@@ -1071,6 +1071,303 @@ def epoch_order(index, count, seed):
 
 
 # <<< shared:engine
+
+
+# >>> shared:plan (copy of train_sft.py)
+# Peaks of one GPU (SXM) from NVIDIA's datasheets "A100 80GB", "H100", "H200": dense bf16 FLOP/s (half of the figure
+# with sparsity), bytes/s and bytes of HBM, bytes/s of NVLink one way (half of the figure for both ways), and bytes/s
+# of the network as in "DGX A100" (200 Gb/s a GPU), "DGX H100" and "DGX H200" (400 Gb/s a GPU).
+GPUS = {
+    "a100": dict(flops=312e12, hbm=2.039e12, bytes=80e9, nvlink=300e9, network=25e9),
+    "h100": dict(flops=989e12, hbm=3.35e12, bytes=80e9, nvlink=450e9, network=50e9),
+    "h200": dict(flops=989e12, hbm=4.8e12, bytes=141e9, nvlink=450e9, network=50e9),
+}
+PLAN_TEXT, PLAN_COMPLETION = 128, 512  # tokens that no flag tells: a prompt without its image; an answer in SFT
+
+
+def model_sizes(model):
+    """Widths, and numbers of weights that multiply an input; from the modules, because each family's config has its
+    own names. Qwen2.5-VL attends in windows in most blocks of its tower, Qwen3-VL has a merger for some of them.
+    """
+    text, visual, vision = model.model.language_model, model.model.visual, model.config.vision_config
+    depth, config = len(visual.blocks), model.config.get_text_config()
+
+    def weights(module, name=""):
+        matrices = (torch.nn.Linear, torch.nn.Conv3d)
+        found = [m.weight for n, m in module.named_modules() if isinstance(m, matrices) and name in n]
+        return sum(math.prod(getattr(w, "ds_shape", w.shape)) for w in found)  # ZeRO-3 leaves a rank empty weights
+
+    return SimpleNamespace(
+        layers=len(text.layers), hidden=config.hidden_size, vocab=config.vocab_size, body=weights(text.layers),
+        query=text.layers[0].self_attn.q_proj.out_features, key=text.layers[0].self_attn.k_proj.out_features,
+        mlp=text.layers[0].mlp.gate_proj.out_features, width=visual.blocks[0].attn.proj.in_features, depth=depth,
+        full=len(getattr(vision, "fullatt_block_indexes", range(depth))), merge=vision.spatial_merge_size,
+        window=getattr(vision, "window_size", 0) // vision.patch_size, patch=vision.patch_size,
+        patch_embed=weights(visual.patch_embed), blocks=weights(visual.blocks), mergers=weights(visual, "merger"),
+    )  # fmt: skip
+
+
+def attended_pairs(spans):
+    """How many (token, token it sees) a packed row has."""
+    pairs = sum(n * (n + 1) // 2 for _, n, _ in spans)
+    return pairs + sum(c * n + c * (c + 1) // 2 for _, n, completions in spans for c in completions)
+
+
+def decoder_flops(sizes, tokens, pairs, scored):
+    """Forward pass: 2 per weight and token, 4 per pair and width (scores and sum); `scored` tokens through lm_head."""
+    flops = 2 * (sizes.body * tokens + sizes.vocab * sizes.hidden * scored)
+    return flops + 4 * sizes.layers * sizes.query * pairs
+
+
+def vision_flops(sizes, rows, columns, trained=False):
+    """Forward pass over an image of rows x columns patches, or forward and backward if trained."""
+
+    def squares(n):  # sum of the squares of the windows' sides
+        return n // sizes.window * sizes.window**2 + (n % sizes.window) ** 2
+
+    patches, windowed = rows * columns, sizes.depth - sizes.full
+    pairs = sizes.full * patches**2 + (windowed * squares(rows) * squares(columns) if windowed else 0)
+    flops = 2 * patches * (sizes.blocks + sizes.mergers / sizes.merge**2) + 4 * sizes.width * pairs
+    first = 2 * patches * sizes.patch_embed  # pixels need no gradient
+    return 3 * flops + 2 * first if trained else flops + first
+
+
+def saved_bytes(call, *known):
+    """Bytes that call() keeps for the backward pass, without the `known` tensors."""
+    kept, known = {}, {t.untyped_storage()._cdata for t in known}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+
+
+def plan_attention(module, query, key, value, attention_mask, scaling=None, row=None, **kwargs):
+    """Attention for `activation_bytes`: keeps what the CUDA kernels keep."""
+    if row is not None:
+        return attend_varlen(query, key, value, scaling, row, "varlen_attn"), None
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0].transpose(1, 2), None
+
+
+def activation_bytes(model, span, patches, checkpointing):
+    """What one prompt with its image and completions keeps for the backward pass: bytes of the decoder, bytes of the
+    vision tower, bytes that checkpointing computes again at a time. One layer of each kind is run on meta tensors.
+    """
+    text, visual, vision = model.model.language_model, model.model.visual, model.config.vision_config
+    sizes, tokens, weights = model_sizes(model), span[1] + sum(span[2]), list(model.parameters())
+    empty = partial(torch.empty, device="meta", dtype=model.dtype)
+    x, patch = (empty(*n, requires_grad=True) for n in ((1, tokens, sizes.hidden), (patches, sizes.width)))
+    rope, row = text.rotary_emb(x, empty(3, 1, tokens)), SimpleNamespace(spans=[span], input_ids=x, varlen=None)
+    angles = empty(patches, sizes.width // vision.num_heads, dtype=torch.float32)
+    pixels = empty(patches, vision.in_channels * vision.temporal_patch_size * sizes.patch**2)
+    layer = saved_bytes(
+        lambda: text.layers[0](x, position_embeddings=rope, attention_mask=None, row=row), *weights, *rope
+    )
+    block = saved_bytes(
+        lambda: visual.blocks[0](patch, cu_seqlens=torch.tensor([0, patches]), position_embeddings=(angles, angles)),
+        *weights, angles,
+    )  # fmt: skip
+    mergers = 1 + len(getattr(visual, "deepstack_merger_list", ()))
+    ends = mergers * saved_bytes(lambda: visual.merger(patch), *weights)
+    ends += saved_bytes(lambda: visual.patch_embed(pixels), *weights)
+    decoder, tower = (x.nbytes, patch.nbytes) if checkpointing else (layer, block)
+    decoder = sizes.layers * decoder + saved_bytes(lambda: text.norm(x), *weights)
+    return decoder, sizes.depth * tower + ends, max(layer, block) if checkpointing else 0
+
+
+def plan_shape(sizes, args, num_gpus):
+    """What a rank computes in a step, if completions have full length and rows are as long as the flags let them be."""
+    G, C = getattr(args, "num_generations", 1), getattr(args, "max_completion_length", PLAN_COMPLETION)
+    tokens = args.max_pixels // (sizes.patch * sizes.merge) ** 2  # of an image
+    high = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+    P, group, prompts = tokens + PLAN_TEXT, tokens + PLAN_TEXT + G * C, -(-args.train_batch_size // num_gpus)
+    longest = getattr(args, "max_length", group)  # SFT lets longer rows in than the usual
+    row = min(prompts * longest, max(args.tokens_per_row, longest))
+    return SimpleNamespace(
+        G=G, C=C, P=P, group=group, image=tokens, span=(0, P, [C] * G) if G > 1 else (0, P + C, []),
+        patches=(high * sizes.merge, tokens // high * sizes.merge),
+        prompts=prompts,  # of a rank, which takes at least one
+        passes=-(-prompts // max(1, args.tokens_per_row // group)),
+        row=row,
+        images=min(prompts, -(-row // group)),  # in that row
+        scored=row * G * C // group,  # tokens in that row that lm_head sees
+        chunk=max(1, 2**26 // sizes.vocab),  # of them CompletionLogProbs takes at once
+        together=min(prompts, max(1, getattr(args, "rollout_batch_size", 0) // G)),  # prompts that are decoded at once
+        kv=4 * sizes.layers * sizes.key,  # bytes of a token's key and value
+    )  # fmt: skip
+
+
+def plan_memory(model, args, num_gpus, stage, checkpointing):
+    """Bytes on a rank in bf16: {phase: {item: bytes}}; a phase needs "always" and its own items.
+
+    What DeepSpeed holds is read from its stage_1_and_2.py and stage3.py.
+    """
+    s, zero = model_sizes(model), json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))["zero_optimization"]
+    shape, weights = plan_shape(s, args, num_gpus), sum(p.numel() for p in model.parameters())
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    share, held, start = sum(trained) / num_gpus, [0] * num_gpus, 0
+    for size in trained:  # ZeRO-2: who owns a slice of a tensor keeps its whole gradient
+        for rank in range(int(start / share), int((start + size - 1) / share) + 1):
+            held[rank] += size
+        start += size
+    decoder, tower, again = activation_bytes(model, shape.span, math.prod(shape.patches), checkpointing)
+    rows = shape.together * shape.G
+    reduced = {
+        "gradients": 2 * share if stage == 3 else 2 * max(held) * min(shape.passes, 2),
+        "buckets": 2 * zero.get("reduce_bucket_size", 5e8) * (2 if stage == 2 and zero.get("overlap_comm") else 1),
+    }
+    memory = {
+        "always": {
+            "weights": 2 * weights / (num_gpus if stage == 3 else 1),
+            "optimizer, fp32": 12 * share,
+            "reference model": 2 * weights * (getattr(args, "beta", 0) > 0),
+            **(reduced if stage == 3 else {}),
+        },
+        "rollout": {
+            "weights gathered": 2 * weights * (stage == 3),
+            "KV cache": (shape.prompts * shape.P + rows * shape.C) * shape.kv,
+            "KV cache, old copy": rows * ((shape.C - 1) // 256 * 256) * shape.kv,  # while `widen` makes the new one
+            "logits, softmax": (shape.prompts * shape.G + 3 * rows) * s.vocab * 4,
+            "prefill's widest layer": shape.together * shape.P * 3 * s.mlp * 2,
+        },
+        "train": {
+            **(reduced if stage == 2 else {}),
+            "layers gathered": 2 * min(weights, zero.get("stage3_max_live_parameters", 1e9)) * (stage == 3),
+            "activations, decoder": decoder * shape.row / shape.group,
+            "activations, vision": tower * shape.images * (not args.freeze_vision),
+            "lm_head, or a layer": max(  # 16 bytes per logit of a chunk, forward and backward: measured on a CPU
+                16 * s.vocab * min(shape.scored, shape.chunk) + 4 * s.vocab * s.hidden, again * shape.row / shape.group
+            ),
+        },
+        "update": {"gradients": 2 * share * (stage == 2), "in fp32, temporary": 8 * share},
+    }
+    return memory if shape.G > 1 else {phase: memory[phase] for phase in memory if phase != "rollout"}
+
+
+def plan_seconds(model, args, card, num_gpus, stage, checkpointing):
+    """{phase: seconds} of a step at the GPU's peaks: lower bounds for full-length completions."""
+    s, trained = model_sizes(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape, weights, frozen = (
+        plan_shape(s, args, num_gpus),
+        sum(p.numel() for p in model.parameters()),
+        args.freeze_vision,
+    )
+    prompts, rows, updates = shape.prompts, shape.together * shape.G, getattr(args, "num_iterations", 1)
+    scored, rollouts = prompts * shape.G * shape.C, -(-prompts // shape.together) if shape.G > 1 else 0
+    look, pairs = prompts * vision_flops(s, *shape.patches), prompts * attended_pairs([shape.span])
+    forward = decoder_flops(s, prompts * shape.group, pairs, scored)
+    head = 2 * s.vocab * s.hidden * scored
+    train = 3 * forward + (not frozen) * prompts * vision_flops(s, *shape.patches, trained=True)
+    train += look * (frozen and shape.G == 1)  # GRPO keeps what the frozen tower said in the rollout
+    train += (forward - head + look * (not frozen)) * checkpointing + head * (shape.scored > shape.chunk)
+    train += (forward + look * (not frozen)) * (getattr(args, "beta", 0) > 0)
+    read = 2 * (s.body + s.vocab * s.hidden) + (shape.together * shape.P + rows * shape.C / 2) * shape.kv
+    token = max(read / card["hbm"], decoder_flops(s, rows, rows * (shape.P + shape.C / 2), rows) / card["flops"])
+    prefill = decoder_flops(s, prompts * shape.P, prompts * attended_pairs([(0, shape.P, [])]), prompts)
+    link = card["nvlink"] if num_gpus <= 8 else min(card["nvlink"], 8 * card["network"])  # 8 GPUs a node
+    # bytes: gradients are reduced after every pass; weights are gathered after the update, or twice a pass by ZeRO-3
+    moved = updates * 2 * (trained * (shape.passes + 1) if stage == 2 else (trained + 2 * weights) * shape.passes)
+    moved += rollouts * 2 * 2 * weights * (stage == 3)
+    rollout = {"vision": look / card["flops"], "prefill": prefill / card["flops"], "decode": rollouts * shape.C * token}
+    return (rollout if rollouts else {}) | {
+        "train": updates * train / card["flops"],
+        "optimizer": updates * 30 * trained / num_gpus / card["hbm"],  # 16 bytes read, 14 written
+        "communication": moved * (num_gpus - 1) / num_gpus / link,
+    }
+
+
+def plan(model, args, gpu, num_gpus, stage, checkpointing):
+    """Peak bytes of a rank and least seconds of a step, with what they are made of."""
+    model.model.visual.requires_grad_(not args.freeze_vision)
+    memory = plan_memory(model, args, num_gpus, stage, checkpointing)
+    seconds = plan_seconds(model, args, GPUS[gpu], num_gpus, stage, checkpointing)
+    always, *phases = (sum(items.values()) for items in memory.values())
+    step = sum(seconds.values()) - min(seconds["train"], seconds["communication"])  # at best the two overlap
+    return SimpleNamespace(memory=memory, seconds=seconds, peak=always + max(phases), step=step)
+
+
+def meta_model(path):
+    """Any Qwen-VL without weights, from its config."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
+        ) from None
+    AttentionInterface.register("plan", plan_attention)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.set_attn_implementation({"text_config": "plan", "vision_config": "plan"})
+    return model
+
+
+def print_plan(args):
+    """What --plan prints: memory of a GPU and least time of a step, for ZeRO-2 and 3, then with one thing changed."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)", args.plan)
+    if not found or found[2] not in GPUS:
+        raise SystemExit(f"--plan {args.plan}: no such GPU; want one of {', '.join(GPUS)}, as in 8xh100")
+    model, gpu, num_gpus, limit = meta_model(args.model), found[2], int(found[1] or 8), GPUS[found[2]]["bytes"]
+    engine = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+    stage = max(2, args.zero_stage or engine["zero_optimization"]["stage"])
+    shape = plan_shape(model_sizes(model), args, num_gpus)
+
+    def at(stage=stage, checkpointing=args.gradient_checkpointing, gpus=num_gpus, **changes):
+        return plan(model, argparse.Namespace(**vars(args) | changes), gpu, gpus, stage, checkpointing)
+
+    def line(name, values, digits=None):
+        print(f"{name:35}" + "".join(f"{v:>12}" if digits is None else f"{v:12.{digits}f}" for v in values))
+
+    def verdict(peak):  # a tenth is left to what is not counted
+        return "fits" if peak < 0.9 * limit else "tight" if peak < limit else "too large"
+
+    kinds = {"ZeRO-2": (2, False), "+ checkp.": (2, True), "ZeRO-3": (3, False), " + checkp.": (3, True)}
+    plans, now = [at(*kind) for kind in kinds.values()], at()
+    print(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, {num_gpus} x {gpu}\n"
+        f"{shape.prompts} prompts a GPU: {shape.image} tokens of image, {PLAN_TEXT} of text, {shape.G} x {shape.C} of "
+        f"completion; rows of up to {shape.row} tokens\nGB are those of such rows, without the CUDA context, NCCL and "
+        "fragmentation; seconds are lower bounds at the peaks of the GPU\n"
+    )
+    line("", kinds)
+    for phase in now.memory:
+        for item in dict.fromkeys(item for p in plans for item in p.memory[phase]):
+            if any(values := [p.memory[phase].get(item, 0) / 1e9 for p in plans]):
+                line(f"{phase:8} {item:22}  GB", values, 2)
+    line("peak                             GB", [p.peak / 1e9 for p in plans], 1)
+    line(f"of {limit / 1e9:.0f} GB", [verdict(p.peak) for p in plans])
+    for phase in now.seconds:
+        line(f"{phase:33} s", [p.seconds[phase] for p in plans], 3)
+    line("step, at least                    s", [p.step for p in plans], 3)
+    steps = args.max_steps or args.num_epochs * 1000 / (shape.prompts * num_gpus)
+    print(
+        f"\nas started (ZeRO-{stage}, checkpointing {'on' if args.gradient_checkpointing else 'off'}): "
+        f"{now.peak / 1e9:.1f} GB, {verdict(now.peak)}; {steps:.0f} steps{'' if args.max_steps else ' per 1,000 rows'}"
+        f", at least {steps * now.step / 60:.1f} min"
+    )
+    helps = {"--gradient_checkpointing": {"checkpointing": True}, "--freeze_vision": {"freeze_vision": True},
+             "--tokens_per_row 1024": {"tokens_per_row": 1024}, "--zero_stage 3": {"stage": 3},
+             "both --zero_stage 3 and checkpointing": {"stage": 3, "checkpointing": True},
+             f"{2 * num_gpus} GPUs": {"gpus": 2 * num_gpus}}  # fmt: skip
+    if verdict(now.peak) != "fits":
+        print("GB with " + ", ".join(f"{name}: {at(**change).peak / 1e9:.1f}" for name, change in helps.items()))
+    varied = {"num_generations": (4, 8, 16, 32), "max_completion_length": (256, 512, 1024, 2048),
+              "train_batch_size": (16, 64, 256, 1024), "gpus": (8, 16, 64, 256, 1024)}  # fmt: skip
+    for name, values in varied.items():
+        if name == "gpus" or hasattr(args, name):
+            others = [at(**{name: value}) for value in values]
+            print()
+            line(name if name == "gpus" else f"--{name}", values)
+            line("peak                             GB", [p.peak / 1e9 for p in others], 1)
+            line("step, at least                    s", [p.step for p in others], 3)
+    line("prompts (a GPU takes at least one)", [max(1, -(-args.train_batch_size // n)) * n for n in varied["gpus"]])
+
+
+# <<< shared:plan
 
 
 # >>> shared:answer_format (source)
@@ -1674,6 +1971,8 @@ def dry_run_grpo(engine, reference, tokenizer, prompt, args, device):
 
 def main():
     args, start = parse_args(), time.time()
+    if args.plan:
+        return print_plan(args)
     samples = read_samples(args.data)
     if missing := [s["id"] for s in samples if s["bbox_1000"] is None]:
         box = "<|box_start|>(x1,y1),(x2,y2)<|box_end|>"

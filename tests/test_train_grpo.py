@@ -306,12 +306,13 @@ def test_positions_of_the_prompt_are_the_models_own(parts):
         assert torch.equal(p["position_ids"], want[:, 0])
 
 
-def test_the_layout_for_the_cuda_kernel_says_the_same(parts, monkeypatch):
-    """The kernel's contract, written out in PyTorch: sequences by offsets, causal from the lower right corner."""
+@pytest.mark.parametrize("kernel", ["varlen_attn", "flash_attn"])
+def test_the_layout_for_the_cuda_kernels_says_the_same(kernel, parts, monkeypatch):
+    """The contract of both, written out in PyTorch: sequences by offsets, causal from the lower right corner."""
     import torch.nn.attention.varlen as varlen
 
-    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa and max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
         out = []
         for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
             mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
@@ -320,13 +321,32 @@ def test_the_layout_for_the_cuda_kernel_says_the_same(parts, monkeypatch):
             out.append(one[0].transpose(0, 1))
         return torch.cat(out)
 
+    def varlen_attn(*args, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        return attend(*args, scale)
+
+    def flash_attn_varlen_func(*args, softmax_scale, causal):
+        assert causal
+        return attend(*args, softmax_scale)
+
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     groups, _ = ragged_groups(parts)
     row = g.pack_groups(groups, "cpu", freeze_vision=False)
     T, generator = row.input_ids.shape[1], torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, T, 8, generator=generator) for heads in (4, 2, 2))
     want = g.attend_spans(q, k, v, 0.3, row)
-    assert (g.attend_varlen(q, k, v, 0.3, row) - want).abs().max() < 1e-5
+    assert (g.attend_varlen(q, k, v, 0.3, row, kernel) - want).abs().max() < 1e-5
+
+
+def test_the_kernel_is_chosen_by_what_is_there(monkeypatch):
+    monkeypatch.setattr(g.importlib.util, "find_spec", lambda name: None)
+    kernels = [("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    assert [g.attention_kernel.__wrapped__(*k) for k in kernels] == ["sdpa", "sdpa", "varlen_attn"]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v: None)  # an older torch
+    assert g.attention_kernel.__wrapped__("cuda", torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(g.importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
+    assert [g.attention_kernel.__wrapped__(*k) for k in kernels] == ["sdpa", "sdpa", "flash_attn"]
 
 
 def test_image_and_prompt_go_through_the_model_once(parts):
