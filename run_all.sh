@@ -4,7 +4,8 @@
 #   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 5 min on 2 CPU cores
 #   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=openai:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
 #                                   the paper's recipe on every GPU of this node; TEACHER is openai:MODEL (a server at localhost:8000),
-#                                   hf:MODEL (one copy per GPU) or knowledge:FILE
+#                                   hf:MODEL (one copy per GPU) or knowledge:FILE. DATA is a folder category/entity/* with boxes.jsonl;
+#                                   BOX_MODEL=Qwen/Qwen2-VL-7B-Instruct makes the boxes that it lacks, on every GPU
 #   bash run_all.sh test | setup    the tests | the environment alone
 #
 # FROM=train_grpo  forgets this stage and all after it, and runs them again; else a finished stage is skipped, a killed one goes on
@@ -42,7 +43,8 @@ stage() { # name, command ...: runs it once; its output folder is $RUN/name
   else
     "$@"
   fi
-  [ "$NODE_RANK" != 0 ] || echo $((SECONDS - began)) > "$RUN/.done/$name"
+  if [ "$NODE_RANK" = 0 ]; then echo $((SECONDS - began)) > "$RUN/.done/$name"; return; fi
+  while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done # node 0 may have work left that is not shared
 }
 
 setup
@@ -54,6 +56,7 @@ case "${1:-all}" in
 esac
 # ---- where, with what ----
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+SYNTH_RUNNER=$PY # boxes are made by all processes, composites by one
 if [ -z "${MODEL:-}" ]; then # the toy world
   RUN=${RUN:-runs/toy} MODEL=tests/toy/base DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet
   # a model this small gains more from two processes than from two threads
@@ -71,6 +74,7 @@ else # the paper's recipe
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
   SFT="" GRPO="--max_completion_length 512"
+  [ -z "${BOX_MODEL:-}" ] || { SYNTH+=" --box_model $BOX_MODEL" SYNTH_RUNNER=$RUNNER; }
 fi
 mkdir -p "$RUN/.done"
 STAGES="world synth_sft gen_cot filter_cot train_sft train_cot_sft synth_grpo filter_grpo train_grpo eval_base eval_sft eval_cot_sft eval_grpo"
@@ -84,7 +88,7 @@ TEACHER_FLAGS="--teacher ${TEACHER%%:*}"
 if [ "${TEACHER%%:*}" = knowledge ]; then TEACHER_FLAGS+=" --knowledge ${TEACHER#*:}"; else TEACHER_FLAGS+=" --teacher_model ${TEACHER#*:}"; fi
 TEACHER_RUNNER=$PY; [ "${TEACHER%%:*}" != hf ] || TEACHER_RUNNER=$RUNNER
 [ "$MODEL" != tests/toy/base ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
-stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH
+stage synth_sft $SYNTH_RUNNER synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH
 stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS
 stage filter_cot "$PY" filter.py --stage cot --samples "$RUN/gen_cot/samples.jsonl" --out "$RUN/filter_cot"
 for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
