@@ -7,6 +7,8 @@
 #                                     openai:MODEL      a server at OPENAI_BASE_URL (default http://localhost:8000/v1)
 #                                     hf:MODEL          loaded here, one copy per GPU;  shard:MODEL  one copy over all GPUs of node 0
 #                                     knowledge[:FILE]  a table; without FILE knowledge.json in DATA or in the folder above it
+#                                   DATA is a folder category/entity/* with boxes.jsonl; BOX_MODEL=Qwen/Qwen2-VL-7B-Instruct makes the
+#                                   boxes that it lacks, on every GPU
 #   bash run_all.sh test | setup    the tests | the environment alone
 #   FROM=train_grpo bash run_all.sh forget     forgets this stage and all after it; a finished stage is skipped, a killed one goes on
 #   FROM=train_grpo bash run_all.sh            the same, and goes on from there (one node)
@@ -29,7 +31,7 @@ setup() {
   $PY -m pip install -q "$(grep '^torch==' requirements.txt)" setuptools wheel
   DS_BUILD_OPS=0 $PY -m pip install -q -r requirements.txt
   if command -v nvidia-smi >/dev/null; then
-    $PY -m pip install -q flash-attn --no-build-isolation || echo "flash-attn could not be installed; the vision tower attends by SDPA"
+    $PY -m pip install -q flash-attn --no-build-isolation || echo "flash-attn could not be installed; torch's own kernels are used"
   fi
   cp requirements.txt .venv/installed.txt
 }
@@ -48,7 +50,8 @@ stage() { # name, command ...: runs it once; its output folder is $RUN/name
   else
     "$@"
   fi
-  [ "$NODE_RANK" != 0 ] || echo $((SECONDS - began)) > "$RUN/.done/$name"
+  if [ "$NODE_RANK" = 0 ]; then echo $((SECONDS - began)) > "$RUN/.done/$name"; return; fi
+  while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done # node 0 may have work left that is not shared
 }
 
 setup
@@ -60,6 +63,7 @@ case "${1:-all}" in
 esac
 # ---- where, with what ----
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+SYNTH_RUNNER=$PY # boxes are made by all processes, composites by one
 TOY=$([ -n "${MODEL:-}" ] || echo yes)
 if [ -n "$TOY" ]; then
   RUN=${RUN:-runs/toy} MODEL=tests/toy/base DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet
@@ -78,6 +82,7 @@ else # the paper's recipe
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
   SFT="" GRPO="--max_completion_length 512"
+  [ -z "${BOX_MODEL:-}" ] || { SYNTH+=" --box_model $BOX_MODEL" SYNTH_RUNNER=$RUNNER; }
   if [ "$TEACHER" = knowledge ]; then
     for folder in "$DATA" "$(dirname "$DATA")"; do [ ! -f "$folder/knowledge.json" ] || TEACHER=knowledge:$folder/knowledge.json; done
   fi
@@ -102,7 +107,7 @@ fi
 
 # ---- the stages ----
 [ -z "$TOY" ] || stage world "$PY" tests/toy/toy_world.py --out "$RUN/world" --seed "$SEED"
-stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH ${SYNTH_FLAGS:-}
+stage synth_sft $SYNTH_RUNNER synth_data.py --source "$DATA" --out "$RUN/synth_sft" --num_samples "$N_SFT" --seed "$SEED" $SYNTH ${SYNTH_FLAGS:-}
 stage gen_cot $TEACHER_RUNNER gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $TEACHER_FLAGS ${COT_FLAGS:-}
 stage filter_cot "$PY" filter.py --stage cot --samples "$RUN/gen_cot/samples.jsonl" --out "$RUN/filter_cot"
 for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
@@ -110,7 +115,7 @@ for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
   stage $name $RUNNER train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/$name" --seed "$SEED" $SFT ${SFT_FLAGS:-}
 done
 # stage 2 learns from composites that stage 1 has not seen
-stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
+stage synth_grpo $SYNTH_RUNNER synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
 stage filter_grpo $RUNNER filter.py --stage grpo --model "$RUN/train_cot_sft/final" --samples "$RUN/synth_grpo/samples.jsonl" \
   --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED" ${FILTER_FLAGS:-}
 stage train_grpo $RUNNER train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" \

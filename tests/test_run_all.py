@@ -64,3 +64,17 @@ def test_mistakes_get_one_line(tmp_path):
     for args, env, message in [*cases, ((), {"FROM": "train"}, "FROM=train: no such stage")]:
         done = run_all(*args, RUN=str(tmp_path), **env)
         assert done.returncode != 0 and message in done.stderr
+
+
+def test_box_model_is_asked_by_all_processes_in_the_first_stage_that_wants_boxes(tmp_path):
+    """With a Python that only says what it was called with."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@"\n')
+    python.chmod(0o755)
+    real = {"MODEL": "m", "DATA": "d", "BENCH": "b", "TEACHER": "knowledge:k", "NPROC": "2", "PYTHON": str(python)}
+    for model in ("", "org/boxes"):
+        done = run_all(RUN=str(tmp_path / f"run{model}"), BOX_MODEL=model, **real)
+        assert done.returncode == 0, done.stderr
+        calls = [line for line in done.stdout.splitlines() if "synth_data.py --source d" in line]
+        assert len(calls) == 2 and all(("--box_model org/boxes" in c) == bool(model) for c in calls)
+        assert ["torch.distributed.run" in c for c in calls] == [bool(model), False]

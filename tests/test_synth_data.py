@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy_world
 from conftest import SCENE_FLAGS, run_script
-from PIL import Image
+from PIL import Image, ImageOps
 
 import synth_data as s
 
@@ -132,7 +132,11 @@ def photo(seed, size=(200, 150)):
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
-def test_images_of_the_benchmark_are_excluded_even_scaled_and_compressed(tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "source.jsonl", "rows.jsonl"])
+def test_images_of_the_benchmark_are_excluded_even_scaled_and_compressed(kind, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     source, boxes = tmp_path / "source", []
     for n in range(12):
         name = f"cat/{'ab'[n % 2]}/{n}.png"
@@ -140,15 +144,71 @@ def test_images_of_the_benchmark_are_excluded_even_scaled_and_compressed(tmp_pat
         photo(n).save(source / name)
         boxes.append({"image": name, "bbox_px": [1, 1, 100, 100]})
     (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
-    (tmp_path / "bench").mkdir()
-    for n in (3, 4, 50):
-        photo(n, (640, 480)).save(tmp_path / "bench" / f"{n}.jpg", quality=60)
-    synth(source, tmp_path / "out", "--exclude", tmp_path / "bench")
+    (tmp_path / "folder").mkdir()
+    files = [f"folder/{n}.jpg" for n in (3, 4, 50)]
+    for n, file in zip((3, 4, 50), files, strict=True):
+        photo(n, (640, 480)).save(tmp_path / file, quality=60)
+    if kind.endswith("parquet"):
+        data = [(tmp_path / f).read_bytes() for f in files]
+        rows = [{"image": d if kind == "bytes.parquet" else {"bytes": d, "path": "x"}, "id": 0} for d in data]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / kind)
+    elif kind != "folder":
+        rows = [{"images": [f]} if kind == "rows.jsonl" else {"image": f} for f in files]
+        (tmp_path / kind).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "stats.json").read_text())["excluded"] == ["cat/a/4.png", "cat/b/3.png"]
     used = {e["source"] for r in read(tmp_path / "out") for e in r["entities"]}
     assert used and not used & {"cat/a/4.png", "cat/b/3.png"}
-    missing = synth(source, tmp_path / "out2", "--exclude", tmp_path / "nowhere.parquet")
-    assert missing.returncode != 0 and "no such folder or .parquet" in missing.stderr
+
+
+def test_sources_of_our_own_composites_are_excluded_by_name(world_dir, synth_dir, tmp_path):
+    """A composite does not look like any of its sources; its row says which they were."""
+    run_script("synth_data.py", "--source", world_dir / "train", "--out", tmp_path, "--num_samples", 12, "--exclude",
+               synth_dir / "samples.jsonl", "--exclude_distance", 0, *SCENE_FLAGS)  # fmt: skip
+    before, now = ({e["source"] for r in read(d) for e in r["entities"]} for d in (synth_dir, tmp_path))
+    assert len(before) > 20 and now and not before & now
+
+
+def test_what_the_hash_finds_and_what_it_does_not():
+    """The shares that --help tells, loosely, on 60 photos; and no two of them are taken for one."""
+    photos = [photo(n, (400, 300)) for n in range(60)]
+    hashes = np.array([s.difference_hash(p) for p in photos])
+
+    def found(change):
+        return np.mean(
+            [np.bitwise_count(h ^ s.difference_hash(change(p))) <= 4 for h, p in zip(hashes, photos, strict=True)]
+        )
+
+    def crop(share):
+        return lambda p: p.crop((400 * share, 300 * share, 400 * (1 - share), 300 * (1 - share)))
+
+    assert found(lambda p: p.resize((133, 100))) == 1 and found(lambda p: p.point(lambda v: v * 0.8)) == 1
+    assert found(crop(0.01)) > 0.8 and 0.3 < found(crop(0.02)) < 1 and found(crop(0.05)) < 0.5
+    assert found(lambda p: p.rotate(90)) == 0 and found(ImageOps.mirror) == 0, "mirrored ones are hashed in addition"
+    apart = np.bitwise_count(hashes[:, None] ^ hashes[None]) + 64 * np.eye(60, dtype=int)
+    assert apart.min() > 4
+
+
+def test_a_benchmark_is_hashed_mirrored_too_and_its_mistakes_get_one_line(tmp_path):
+    photo(0).save(tmp_path / "a.png")
+    ImageOps.mirror(photo(1)).save(tmp_path / "b.png")
+    hashes, names = s.benchmark_images(tmp_path)
+    sources = [s.Source(str(tmp_path / f), f, f, "c", None) for f in ("a.png", "b.png", "c.png")]
+    photo(1).save(tmp_path / "b.png")
+    photo(2).save(tmp_path / "c.png")
+    assert [s.occurs_in(x, hashes, names, 4) for x in sources] == [True, True, False]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.png").write_bytes(b"no image")
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
+    for name, message in (
+        ("nowhere.parquet", "no such folder, .jsonl or .parquet"),
+        ("nowhere.jsonl", "no such file"),
+        ("rows.jsonl", "row 1 has no image"),
+        ("x", "unreadable image"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            s.benchmark_images(tmp_path / name)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 7), (333, 222)])
@@ -196,7 +256,7 @@ def test_drawings_are_written_by_pillow(synth_dir, tmp_path):
 ])  # fmt: skip
 def test_a_source_of_any_mode_loads_as_convert_would_give_it(mode, suffix, want, tmp_path):
     photo(0).convert(mode).save(tmp_path / f"a.{suffix}")
-    image = s.load_image(s.Source(str(tmp_path / f"a.{suffix}"), "a", "a", "a", (0, 0, 200, 150)))
+    image = s.load_source(s.Source(str(tmp_path / f"a.{suffix}"), "a", "a", "a", (0, 0, 200, 150)))
     assert image.mode == want and image.tobytes() == Image.open(tmp_path / f"a.{suffix}").convert(want).tobytes()
 
 
@@ -229,8 +289,8 @@ def test_a_corrupt_image_is_named_and_skipped_only_if_allowed(small_source, tmp_
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: (d / "boxes.jsonl").unlink(), "no boxes"),
-    (lambda d: (d / "boxes.jsonl").write_text('{"image": "cat/a/0.png"}\n'), "boxes.jsonl:1: no column 'bbox_px'"),
+    (lambda d: (d / "boxes.jsonl").unlink(), "boxes.jsonl: no box for 8 of 8 images; want one"),
+    (lambda d: (d / "boxes.jsonl").write_text('{"image": "cat/a/0.png"}\n'), "boxes.jsonl: cat/a/0.png: no 'bbox_px'"),
     (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: not JSON"),
     (lambda d: (d / "boxes.jsonl").write_text((d / "boxes.jsonl").read_text().replace("30, 20", "300, 20")),
      "does not lie in the 40x30 image"),
@@ -267,13 +327,16 @@ def test_parquet_and_jsonl_sources_give_the_pixels_of_the_folder(small_source, t
     for image in (tmp_path / "0" / "images").iterdir():
         for other in ("1", "2"):
             assert image.read_bytes() == (tmp_path / other / "images" / image.name).read_bytes()
-    pq.write_table(pa.Table.from_pylist([{"image": b"", "entity": "a", "category": "c"}]), tmp_path / "bad.parquet")
-    done = synth(tmp_path / "bad.parquet", tmp_path / "bad")
-    assert done.returncode != 0 and "no column 'bbox_px'" in done.stderr and "Traceback" not in done.stderr
+    for row, message in (({}, "bad.parquet.boxes.jsonl: no box for 1 of 1"), ({"kind": "c"}, "no column 'category'")):
+        row = {"image": b"", "entity": "a"} | (row or {"category": "c"})
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "bad.parquet")
+        done = synth(tmp_path / "bad.parquet", tmp_path / "bad")
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_images_without_a_box_are_left_out_aloud(small_source, tmp_path):
     lines = (small_source / "boxes.jsonl").read_text().splitlines(keepends=True)
     (small_source / "boxes.jsonl").write_text("".join(lines[:-1]))
     done = synth(small_source, tmp_path / "out")
-    assert done.returncode == 0 and "no box for 1 of 8 images; left out" in done.stderr
+    assert done.returncode == 0 and "no box for 1 of 8 images (1 not listed); left out" in done.stderr
+    assert json.loads((tmp_path / "out" / "stats.json").read_text())["boxes"]["left_out"] == {"not listed": 1}
