@@ -195,6 +195,16 @@ def all_sum(values, device):
     return total.tolist()
 
 
+def leave():
+    """Ends a rank of several here, at once: now and then one aborted in the interpreter's own shutdown ("terminate
+    called without an active exception"), with all its work done, and torchrun reported a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # <<< shared:dist
 
 
@@ -1208,7 +1218,8 @@ def main():
         raise SystemExit(f"{args.samples} ({missing[0]}): no box or no image; want rows of synth_data.py or gen_cot.py")
     if args.stage == "probe":
         probe(samples, args, out)
-        return dist.destroy_process_group()
+        dist.destroy_process_group()
+        return leave()
     kept, rejected, stats = [], [], {}
     if args.stage == "cot":
         seen = set()
@@ -1262,6 +1273,7 @@ def main():
         write_text(out / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
     if dist.is_initialized():
         dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

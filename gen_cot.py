@@ -267,6 +267,16 @@ def all_sum(values, device):
     return total.tolist()
 
 
+def leave():
+    """Ends a rank of several here, at once: now and then one aborted in the interpreter's own shutdown ("terminate
+    called without an active exception"), with all its work done, and torchrun reported a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # <<< shared:dist
 
 
@@ -1032,7 +1042,7 @@ def main():
         dist.barrier()
         dist.destroy_process_group()
     if rank > 0:
-        return
+        leave()
     stats = merge(rows, args, out, time.time() - start)
     reasons = ", ".join(f"{n} {reason}" for reason, n in stats["rejected"].items())
     spent = ""
@@ -1047,6 +1057,7 @@ def main():
         )
     print(f"gen_cot: {stats['kept']} kept, {len(rows) - stats['kept']} rejected{f' ({reasons})' if reasons else ''}, "
           f"{spent}{time.time() - start:.1f} s -> {out / 'samples.jsonl'}")  # fmt: skip
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@
 #   FROM=train_grpo bash run_all.sh            the same, and goes on from there (one node)
 #
 # RUN=runs/name another run folder · SEED=1 another seed · PYTHON=python uses the environment at hand and makes none
-# NPROC=8 processes per node · N_SFT, N_GRPO composites of stage 1 and 2
-# SYNTH_FLAGS, COT_FLAGS, SFT_FLAGS, FILTER_FLAGS, GRPO_FLAGS, EVAL_FLAGS="--flag value ..." go to the stages of that script, after ours
+# NPROC=8 processes per node · N_SFT, N_GRPO composites of stage 1 and 2 · SEEN="bird car" categories with training data
+# SYNTH_FLAGS, COT_FLAGS, SFT_FLAGS, FILTER_FLAGS, GRPO_FLAGS, EVAL_FLAGS="..." go to the stages of that script, after ours
 # BASE_PROMPT=json asks the untrained model for JSON (Qwen2.5-VL, Qwen3-VL)
 # NNODES=2 NODE_RANK=0 MASTER_ADDR=host  on every node; the run folder must be on a file system that all nodes share
 set -euo pipefail
@@ -80,7 +80,7 @@ if [ -n "$TOY" ]; then
 else # the paper's recipe
   : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge[:FILE], hf:MODEL, shard:MODEL or openai:MODEL}"
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-  RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN="aircraft car reptilia bird food" N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
+  RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN=${SEEN:-aircraft car reptilia bird food} N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
   SFT="" GRPO="--max_completion_length 512"
   [ -z "${BOX_MODEL:-}" ] || { SYNTH+=" --box_model $BOX_MODEL" SYNTH_RUNNER=$RUNNER; }
   if [ "$TEACHER" = knowledge ]; then
@@ -115,7 +115,7 @@ for target in direct cot; do # the paper's SFT baseline, and CoT-SFT
   stage $name $RUNNER train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/$name" --seed "$SEED" $SFT ${SFT_FLAGS:-}
 done
 # stage 2 learns from composites that stage 1 has not seen
-stage synth_grpo $SYNTH_RUNNER synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
+stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
 stage filter_grpo $RUNNER filter.py --stage grpo --model "$RUN/train_cot_sft/final" --samples "$RUN/synth_grpo/samples.jsonl" \
   --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED" ${FILTER_FLAGS:-}
 stage train_grpo $RUNNER train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" \

@@ -224,6 +224,16 @@ def all_sum(values, device):
     return total.tolist()
 
 
+def leave():
+    """Ends a rank of several here, at once: now and then one aborted in the interpreter's own shutdown ("terminate
+    called without an active exception"), with all its work done, and torchrun reported a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # <<< shared:dist
 
 
@@ -1117,7 +1127,7 @@ def main():
     hashes, listed = benchmark_images(args.exclude) if args.exclude and first else (None, None)
     bad = find_boxes(sources, boxes_file, args) if args.box_model else {}
     if not first:
-        return  # under torchrun: what follows is work for one process
+        return leave()  # what follows is work for one process
     if len(bad) > args.max_bad_images:
         raise too_many_bad(bad, args)
     sources, left_out, whole_image = with_boxes(sources, boxes_file)
@@ -1188,6 +1198,7 @@ def main():
         f"synth_data: {stats['images']} images, {stats['rows']} rows, {stats['entities']} entities, "
         f"{len(excluded)} excluded, {len(bad)} unreadable, {stats['seconds']} s -> {samples}, {out / 'preview.png'}"
     )
+    leave()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -292,6 +293,16 @@ def all_sum(values, device):
     return total.tolist()
 
 
+def leave():
+    """Ends a rank of several here, at once: now and then one aborted in the interpreter's own shutdown ("terminate
+    called without an active exception"), with all its work done, and torchrun reported a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # <<< shared:dist
 
 
@@ -323,20 +334,24 @@ def check_trackers(args):
 
 
 def start_trackers(args, config, first_step):
-    """Functions that each send a row of metrics to a tracker. An interrupted run goes on in the same place."""
-    trackers, out = [], Path(args.output_dir)
+    """(send, finish): functions that pass a row of metrics on to the trackers, and that close them. An interrupted run
+    goes on in the same place.
+    """
+    sends, ends, out = [], [], Path(args.output_dir)
     if args.wandb:
         import wandb
 
         name = hashlib.md5(str(out.resolve()).encode()).hexdigest()[:12]
         run = wandb.init(project=args.wandb, name=out.name, id=name, resume="allow", dir=str(out), config=config)
-        trackers.append(lambda row: run.log(row, step=row["step"]))
+        sends.append(lambda row: run.log(row, step=row["step"]))
+        ends.append(run.finish)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
-        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
-    return trackers
+        sends.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
+        ends.append(writer.close)
+    return lambda row: [send(row) for send in sends], lambda: [end() for end in ends]
 
 
 def draw_curves(metrics_path, png_path, keys):
@@ -1967,6 +1982,7 @@ def dry_run_grpo(engine, reference, tokenizer, prompt, args, device):
         f"row of {row.input_ids.numel()} tokens: {line}"
     )
     dist.destroy_process_group()
+    leave()
 
 
 def main():
@@ -2044,7 +2060,7 @@ def main():
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
-        trackers = start_trackers(args, config, first + 1)
+        send, finish = start_trackers(args, config, first + 1)
     print0(f"train_grpo: {len(samples)} rows, {total_steps} steps of {B} x {args.num_generations}")
 
     # GRPO 1: the prompts of every step, this rank's share, read by threads while the model works
@@ -2130,8 +2146,7 @@ def main():
             if args.num_iterations > 1:
                 row["clip_ratio/region_mean"] = sums["clip"] / trained
             append_row(out / "metrics.jsonl", row)
-            for track in trackers:
-                track(row)
+            send(row)
             for group in groups[: args.log_completions]:
                 append_row(out / "samples.jsonl", group_row(group, step))
             eta = (total_steps - step) * (time.time() - start) / (step - first)
@@ -2151,11 +2166,13 @@ def main():
             )
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
+        finish()
         keys = ["reward", *(f"rewards/{name}/mean" for name in args.reward_funcs), "acc@0.5", "parse_rate"]
         keys += ["frac_reward_zero_std", "completions/mean_length", "grad_norm", "kl"]
         draw_curves(out / "metrics.jsonl", out / "curves.png", keys)
     print0(f"train_grpo: {time.time() - start:.0f} s -> {out / 'final'}, {out / 'curves.png'}")
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

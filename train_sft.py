@@ -30,6 +30,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,16 @@ def all_sum(values, device):
     return total.tolist()
 
 
+def leave():
+    """Ends a rank of several here, at once: now and then one aborted in the interpreter's own shutdown ("terminate
+    called without an active exception"), with all its work done, and torchrun reported a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 # <<< shared:dist
 
 
@@ -252,20 +263,24 @@ def check_trackers(args):
 
 
 def start_trackers(args, config, first_step):
-    """Functions that each send a row of metrics to a tracker. An interrupted run goes on in the same place."""
-    trackers, out = [], Path(args.output_dir)
+    """(send, finish): functions that pass a row of metrics on to the trackers, and that close them. An interrupted run
+    goes on in the same place.
+    """
+    sends, ends, out = [], [], Path(args.output_dir)
     if args.wandb:
         import wandb
 
         name = hashlib.md5(str(out.resolve()).encode()).hexdigest()[:12]
         run = wandb.init(project=args.wandb, name=out.name, id=name, resume="allow", dir=str(out), config=config)
-        trackers.append(lambda row: run.log(row, step=row["step"]))
+        sends.append(lambda row: run.log(row, step=row["step"]))
+        ends.append(run.finish)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
-        trackers.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
-    return trackers
+        sends.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"])
+        ends.append(writer.close)
+    return lambda row: [send(row) for send in sends], lambda: [end() for end in ends]
 
 
 def draw_curves(metrics_path, png_path, keys):
@@ -1335,6 +1350,7 @@ def dry_run_sft(engine, item, args, device):
     line = memory_line({"training": peak_bytes(device)}, device)
     print0(f"train_sft: row of {row.input_ids.numel()} tokens, the longest sample has {length}: {line}")
     dist.destroy_process_group()
+    leave()
 
 
 def main():
@@ -1408,7 +1424,7 @@ def main():
     first, num_tokens = state["step"], state["num_tokens"]
     if rank == 0:
         truncate_log(out / "metrics.jsonl", first)
-        trackers = start_trackers(args, config, first + 1)
+        send, finish = start_trackers(args, config, first + 1)
     print0(
         f"train_sft: {len(kept)} rows ({len(samples) - len(kept)} over {args.max_length} tokens skipped), "
         f"{total_steps} steps of {n}"
@@ -1469,8 +1485,7 @@ def main():
                 "mfu": flops / elapsed / derived["matmul_flops"],
             }
             append_row(out / "metrics.jsonl", row)
-            for track in trackers:
-                track(row)
+            send(row)
             eta = (total_steps - step) * (time.time() - start) / max(1, step - first)
             print0(
                 f"step {step:05d}/{total_steps:05d} | loss {total_loss:.4f} | gnorm {row['grad_norm']:.2f} | "
@@ -1485,9 +1500,11 @@ def main():
             )
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
+        finish()
         draw_curves(out / "metrics.jsonl", out / "curves.png", ["loss", "grad_norm", "learning_rate"])
     print0(f"train_sft: {time.time() - start:.0f} s -> {out / 'final'}, {out / 'curves.png'}")
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

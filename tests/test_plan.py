@@ -140,10 +140,10 @@ def test_activations_are_what_autograd_saves_and_the_peak_of_a_pass(family, chec
         p.grad = torch.zeros_like(p)
     tiny_config(family).save_pretrained(tmp_path)
     decoder, tower, again = t.activation_bytes(t.meta_model(tmp_path), row.spans[0], 32 * 56, checkpointing)
-    saved = t.saved_bytes(lambda: score(model, row), *model.parameters())
+    saved = t.saved_bytes(lambda: t.CompletionLogProbs(model)(row), *model.parameters())
     assert decoder + tower + 4 * len(row.at) * 300 == pytest.approx(saved, rel=0.1)  # and the fp32 logits
     lm_head = 16 * len(row.at) * 300 + 4 * 300 * 128  # as in plan_memory
-    peak = peak_bytes(lambda: score(model, row).sum().backward())
+    peak = peak_bytes(lambda: t.CompletionLogProbs(model)(row).sum().backward())
     assert decoder + tower + max(again, lm_head) == pytest.approx(peak, rel=0.15)
     assert bool(again) == checkpointing
 
