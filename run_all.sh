@@ -81,7 +81,7 @@ else # the paper's recipe
   : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge[:FILE], hf:MODEL, shard:MODEL or openai:MODEL}"
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN=${SEEN:-aircraft car reptilia bird food} N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
-  SFT="" GRPO="--max_completion_length 512"
+  SFT="" GRPO="--max_completion_length 512 --gradient_checkpointing" # else a 7B fills 80 GB, see --plan
   [ -z "${BOX_MODEL:-}" ] || { SYNTH+=" --box_model $BOX_MODEL" SYNTH_RUNNER=$RUNNER; }
   if [ "$TEACHER" = knowledge ]; then
     for folder in "$DATA" "$(dirname "$DATA")"; do [ ! -f "$folder/knowledge.json" ] || TEACHER=knowledge:$folder/knowledge.json; done

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,3 +228,42 @@ def test_engine_settings_that_belong_to_flags_are_refused(tiny_dir, synth_dir, t
         and "has 'train_batch_size'; want engine settings only" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_trackers_get_every_row_and_are_closed(tmp_path, monkeypatch):
+    """A stand-in for each package: an interrupted run goes on under the same name, TensorBoard forgets later steps."""
+    seen = []
+    run = SimpleNamespace(
+        log=lambda row, step: seen.append(("wandb", step, row["loss"])), finish=lambda: seen.append("end")
+    )
+    started, folders = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            folders.append((folder, purge_step))
+
+        def add_scalar(self, key, value, step):
+            seen.append(("tensorboard", step, key, value))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: started.append(kw) or run))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    args = SimpleNamespace(wandb="kvg", tensorboard=True, output_dir=str(tmp_path / "run"))
+    for _ in range(2):
+        send, finish = t.start_trackers(args, {"seed": 0}, 3)
+    send({"step": 3, "loss": 0.5})
+    finish()
+    assert seen == [("wandb", 3, 0.5), ("tensorboard", 3, "loss", 0.5), "end", "closed"]
+    assert started[0] == started[1] and (started[0]["project"], started[0]["resume"]) == ("kvg", "allow")
+    assert folders[0] == (str(tmp_path / "run/tensorboard"), 3)
+    send, finish = t.start_trackers(SimpleNamespace(**vars(args) | {"wandb": None, "tensorboard": False}), {}, 1)
+    assert send({"step": 1}) == finish() == [], "off by default"
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(t.importlib.util, "find_spec", lambda name: None)
+    for flags, name in ((["--wandb", "kvg"], "wandb"), (["--tensorboard"], "tensorboard")):
+        with pytest.raises(SystemExit, match=f"--{name}: no {name} in this environment; .*pip install {name}"):
+            t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o", *flags])
