@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TWO_RANKS, run_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -191,6 +191,7 @@ for settings in sys.argv[1:]:
     dist.all_gather_object(box, found)
     t.print0("held", json.dumps(box))
 dist.destroy_process_group()
+t.leave()
 """
 
 
@@ -205,7 +206,7 @@ def test_weights_gradients_and_optimizer_are_what_deepspeed_holds(tmp_path):
         path.write_text(json.dumps({"zero_optimization": zero}))
     (tmp_path / "engine.py").write_text(ENGINE.replace("ROOT", str(ROOT)))
     done = run_script(tmp_path / "engine.py", *settings,
-                      launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"))  # fmt: skip
+                      launcher=TWO_RANKS)  # fmt: skip
     tiny_config(Qwen2VLConfig).save_pretrained(tmp_path)
     whole = build(Qwen2VLConfig)
     whole.model.visual.requires_grad_(False)
