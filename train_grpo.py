@@ -37,6 +37,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1019,6 +1020,29 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / min(seconds.values())
 
 
+def check_step(engine, loss, step, ids, out):
+    """Stops the run after a step whose loss or gradient was not finite; DeepSpeed has left the weights as they were.
+
+    `ids`: the samples of this rank, which go to bad_step-RANK.json.
+    """
+    if math.isfinite(loss) and not engine.optimizer.overflow:
+        return
+    path = Path(out) / f"bad_step-{engine.global_rank:05d}.json"
+    write_text(path, json.dumps({"step": step, "loss": str(loss), "ids": ids}, ensure_ascii=False) + "\n")
+    gradient = "not finite" if engine.optimizer.overflow else "finite"
+    raise SystemExit(
+        f"step {step}: loss {loss}, gradient {gradient}; want finite numbers; the step was not applied; its samples: "
+        f"{path}; lower --learning_rate or drop them; the same command goes on from the newest checkpoint"
+    )
+
+
+def ask_to_stop():
+    """A list that is no longer empty once SIGTERM has come, as before a pre-emption: the loop then saves and stops."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
+
+
 def learning_rate_at(step, total_steps, args):
     """Rate of update `step` (1..total_steps): linear warm-up, then cosine, linear or constant."""
     warmup = math.ceil(args.warmup_ratio * total_steps)
@@ -1926,6 +1950,7 @@ def step_metrics(groups, args, device):
         "parse_rate": [parse_bbox(text, grid=sample["grid"]) is not None for text, sample in texts],
         "completions/mean_length": [len(ids) for g in groups for ids in g.completion_ids],
         "completions/clipped_ratio": [not end for g in groups for end in g.finished],
+        "entropy": [-logps.sum().item() for g in groups for logps in g.old_logps],
         **(
             {"knowledge/weight_mean": [w for g in groups for w in g.weights]}
             if args.knowledge_form == "advantage"
@@ -1939,7 +1964,31 @@ def step_metrics(groups, args, device):
     means = {name: t / n for name, t in zip(values, total[4:], strict=True)}
     means["reward_std"] = max(0.0, squares / n - means["reward"] ** 2) ** 0.5
     means["frac_reward_zero_std"] = constant / num_groups
-    return means, int(n), int(total[4 + list(values).index("completions/mean_length")])
+    tokens = total[4 + list(values).index("completions/mean_length")]
+    means["entropy"] *= n / tokens  # per token: the mean of -log p over tokens drawn from p
+    return means, int(n), int(tokens)
+
+
+def likely_troubles(rows):
+    """{what is wrong: why it may be}, from the metrics of the steps so far; empty if all looks well."""
+    now, last, troubles = rows[-1], rows[-10:], {}
+    if len(last) == 10 and max(r["reward"] for r in last) == 0:
+        troubles["reward 0 for 10 logged steps"] = (
+            "nothing to learn from; train CoT-SFT first, lower --iou_threshold, or add dense_iou to --reward_funcs"
+        )
+    if now["step"] <= 5 and now["parse_rate"] < 0.05:
+        troubles["fewer than 5 % of the completions have a box"] = (
+            "is --model the stage-1 model, and --max_completion_length enough for its reasoning? See samples.jsonl"
+        )
+    if len(last) >= 3 and min(r["completions/clipped_ratio"] for r in last[-3:]) == 1:
+        troubles["all completions were cut at --max_completion_length"] = "raise it"
+    if now["entropy"] < 0.1 * rows[0]["entropy"]:
+        troubles["entropy fell to less than a tenth"] = (
+            "completions grow alike; lower --learning_rate, or raise --temperature, --epsilon_high or --beta"
+        )
+    if now.get("kl", 0) > 1:
+        troubles["kl above 1 per token"] = "the policy has left its reference; lower --learning_rate or raise --beta"
+    return troubles
 
 
 def group_row(group, step):
@@ -2061,6 +2110,7 @@ def main():
         truncate_log(out / "metrics.jsonl", first)
         truncate_log(out / "samples.jsonl", first)
         send, finish = start_trackers(args, config, first + 1)
+        history, warned = complete_lines(out / "metrics.jsonl"), set()
     print0(f"train_grpo: {len(samples)} rows, {total_steps} steps of {B} x {args.num_generations}")
 
     # GRPO 1: the prompts of every step, this rank's share, read by threads while the model works
@@ -2070,7 +2120,7 @@ def main():
         lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + R1_SUFFIX, style),
         drawn, args.num_workers, 2 * B // world_size,
     )  # fmt: skip
-    drawn = iter(drawn)
+    drawn, asked_to_stop = iter(drawn), ask_to_stop()
     for step in range(first + 1, total_steps + 1):
         began, times = time.time(), {}
         heartbeat(out, rank, step, "data")
@@ -2119,13 +2169,11 @@ def main():
             heartbeat(out, rank, step, "optimizer")
             with timed(times, "optimizer"):
                 engine.step()  # GRPO 6: the update
+            loss, stop = all_sum([sums["loss"], len(asked_to_stop)], device)
+            check_step(engine, loss, step, [g.sample["id"] for g in rolled], out)
         step_time = time.time() - began
         sums = dict(zip(sums, all_sum(list(sums.values()), device), strict=True))
         trained = max(1, sums["tokens"])
-        if not math.isfinite(sums["loss"]):
-            raise SystemExit(
-                f"step {step}: loss is {sums['loss']}; want a finite number; lower --learning_rate, resume from {out}"
-            )
         if rank == 0 and step % args.logging_steps == 0:
             row = {
                 "step": step,
@@ -2147,6 +2195,11 @@ def main():
                 row["clip_ratio/region_mean"] = sums["clip"] / trained
             append_row(out / "metrics.jsonl", row)
             send(row)
+            history.append(row)
+            for trouble, cause in likely_troubles(history).items():
+                if trouble not in warned:
+                    print0(f"warning, step {step}: {trouble}: {cause}")
+                warned.add(trouble)
             for group in groups[: args.log_completions]:
                 append_row(out / "samples.jsonl", group_row(group, step))
             eta = (total_steps - step) * (time.time() - start) / (step - first)
@@ -2159,11 +2212,13 @@ def main():
                 f"{row['completions/clipped_ratio']:.2f} | gnorm {row['grad_norm']:.2f} | lr {rate:.1e} | "
                 f"{step_time:.1f}s ({phases}) | mfu {row['mfu']:.2f} | eta {eta / 60:.1f} min"
             )
-        if args.save_steps and step % args.save_steps == 0 and step < total_steps:
+        if step < total_steps and (stop or args.save_steps and step % args.save_steps == 0):
             heartbeat(out, rank, step, "checkpoint")
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
             )
+            if stop:
+                raise SystemExit(f"SIGTERM: saved after step {step}; the same command goes on from there")
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         finish()

@@ -29,6 +29,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -948,6 +949,29 @@ def matmul_rate(device, dtype):
     return 2 * n**3 / min(seconds.values())
 
 
+def check_step(engine, loss, step, ids, out):
+    """Stops the run after a step whose loss or gradient was not finite; DeepSpeed has left the weights as they were.
+
+    `ids`: the samples of this rank, which go to bad_step-RANK.json.
+    """
+    if math.isfinite(loss) and not engine.optimizer.overflow:
+        return
+    path = Path(out) / f"bad_step-{engine.global_rank:05d}.json"
+    write_text(path, json.dumps({"step": step, "loss": str(loss), "ids": ids}, ensure_ascii=False) + "\n")
+    gradient = "not finite" if engine.optimizer.overflow else "finite"
+    raise SystemExit(
+        f"step {step}: loss {loss}, gradient {gradient}; want finite numbers; the step was not applied; its samples: "
+        f"{path}; lower --learning_rate or drop them; the same command goes on from the newest checkpoint"
+    )
+
+
+def ask_to_stop():
+    """A list that is no longer empty once SIGTERM has come, as before a pre-emption: the loop then saves and stops."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
+
+
 def learning_rate_at(step, total_steps, args):
     """Rate of update `step` (1..total_steps): linear warm-up, then cosine, linear or constant."""
     warmup = math.ceil(args.warmup_ratio * total_steps)
@@ -1439,6 +1463,7 @@ def main():
         lambda i: encode_row(kept[i], tokenizer, image_processor, args.target, style), order, args.num_workers, 2 * n
     )
     since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
+    asked_to_stop = ask_to_stop()
     engine.train()
     for step in range(first + 1, total_steps + 1):
         rate = learning_rate_at(step, total_steps, args)
@@ -1464,11 +1489,9 @@ def main():
         heartbeat(out, rank, step, "optimizer")
         with timed(seconds, "optimizer"):
             engine.step()
-        (total_loss,) = all_sum([total_loss], device)
-        if not math.isfinite(total_loss):
-            raise SystemExit(
-                f"step {step}: loss is {total_loss}; want a finite number; lower --learning_rate, resume from {out}"
-            )
+        total_loss, stop = all_sum([total_loss, len(asked_to_stop)], device)
+        batch = order[(step - 1 - first) * (n // world_size) : (step - first) * (n // world_size)]
+        check_step(engine, total_loss, step, [kept[i]["id"] for i in batch], out)
         num_tokens += int(tokens)
         if rank == 0 and step % args.logging_steps == 0:
             elapsed = time.time() - since
@@ -1493,11 +1516,13 @@ def main():
                 f"mfu {row['mfu']:.2f} | eta {eta / 60:.1f} min"
             )
             since, seconds, row_tokens, flops = time.time(), {}, 0, 0.0
-        if args.save_steps and step % args.save_steps == 0 and step < total_steps:
+        if step < total_steps and (stop or args.save_steps and step % args.save_steps == 0):
             heartbeat(out, rank, step, "checkpoint")
             save_checkpoint(
                 engine, tokenizer, image_processor, out, {"step": step, "num_tokens": num_tokens}, args.save_total_limit
             )
+            if stop:
+                raise SystemExit(f"SIGTERM: saved after step {step}; the same command goes on from there")
     export_model(engine, tokenizer, image_processor, out / "final")
     if rank == 0:
         finish()

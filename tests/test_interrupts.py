@@ -1,0 +1,94 @@
+"""Training that is stopped from outside or stops itself: nothing lost, nothing wrong applied, one clean curve."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TWO_RANKS, run_script
+from safetensors.torch import load_file
+
+import train_grpo as g
+
+TIMES = re.compile("time|per_second|mfu")
+FLAGS = ("--max_steps", 6, "--train_batch_size", 4, "--num_generations", 3, "--max_completion_length", 12,
+         "--learning_rate", 1e-3, "--reward_funcs", "letters", "--save_steps", 2)  # fmt: skip
+
+
+def read(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not TIMES.search(k)} for row in rows]
+
+
+def arguments(tiny_dir, synth_dir, out):
+    return ("--model", tiny_dir, "--data", synth_dir / "samples.jsonl", "--output_dir", out, *FLAGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dir, synth_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_script("tests/grpo_letters.py", *arguments(tiny_dir, synth_dir, out))
+    return out
+
+
+def same_run(ours, theirs):
+    ours_final, theirs_final = (load_file(d / "final/model.safetensors") for d in (ours, theirs))
+    assert read(ours / "metrics.jsonl") == read(theirs / "metrics.jsonl")
+    assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+    assert all((ours_final[k] == theirs_final[k]).all() for k in theirs_final)
+
+
+def test_a_step_that_is_not_finite_is_not_applied(undisturbed, tiny_dir, synth_dir, tmp_path):
+    """Rewards that are no numbers in step 4: the run stops there, names the samples, and goes on to the same end."""
+    out = tmp_path / "run"
+    flags = arguments(tiny_dir, synth_dir, out)
+    done = run_script("tests/grpo_letters.py", *flags, check=False, POISON_AFTER=str(3 * 4 * 3))
+    assert done.returncode != 0 and "step 4: loss nan, gradient not finite" in done.stderr
+    assert "the step was not applied" in done.stderr and "Traceback" not in done.stderr
+    bad = json.loads((out / "bad_step-00000.json").read_text())
+    assert bad["step"] == 4 and len(bad["ids"]) == 4 and len(read(out / "metrics.jsonl")) == 3
+    run_script("tests/grpo_letters.py", *flags)
+    same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(ranks, undisturbed, tiny_dir, synth_dir, tmp_path):
+    out = tmp_path / "run"
+    launcher = TWO_RANKS if ranks == 2 else (sys.executable,)
+    flags = arguments(tiny_dir, synth_dir, out)
+    command = [*launcher, str(ROOT / "tests/grpo_letters.py"), *map(str, flags)]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ)
+        while run.poll() is None and not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) != 0
+    said = (tmp_path / "log").read_text()
+    step = int(re.search(r"SIGTERM: saved after step (\d)", said)[1])
+    assert 1 <= step < 6 and (out / f"checkpoint-{step}/state.json").exists() and not (out / "final").exists()
+    run_script("tests/grpo_letters.py", *flags, launcher=launcher)
+    if ranks == 1:
+        same_run(out, undisturbed)
+    else:
+        for ours, theirs in zip(read(out / "metrics.jsonl"), read(undisturbed / "metrics.jsonl"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_troubles_are_named_once_with_their_cause():
+    fine = {"step": 6, "reward": 0.4, "parse_rate": 0.9, "completions/clipped_ratio": 0.1, "entropy": 1.0, "kl": 0.01}
+    assert g.likely_troubles([fine] * 12) == {}
+    cases = [
+        ([fine | {"reward": 0.0}] * 10, "reward 0 for 10 logged steps"),
+        ([fine | {"step": 1, "parse_rate": 0.04}], "fewer than 5 %"),
+        ([fine | {"completions/clipped_ratio": 1.0}] * 3, "all completions were cut"),
+        ([fine, fine | {"entropy": 0.09}], "entropy fell"),
+        ([fine | {"kl": 3.0}], "kl above 1"),
+    ]
+    for rows, trouble in cases:
+        (found,) = g.likely_troubles(rows)
+        assert found.startswith(trouble)
+    assert g.likely_troubles([fine | {"reward": 0.0}] * 9) == {}
