@@ -1010,7 +1010,7 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep)
     engine.save_checkpoint(str(part), tag="engine")
     export_model(engine, tokenizer, image_processor, part / "model")
     if engine.global_rank == 0:
-        write_text(part / "state.json", json.dumps(state) + "\n")
+        write_text(part / "state.json", json.dumps(state | {"world_size": dist.get_world_size()}) + "\n")
         os.replace(part, folder)
         for old in sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda c: int(c.name.split("-")[1]))[:-keep]:
             shutil.rmtree(old)
@@ -1018,14 +1018,30 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep)
 
 
 def resume(engine, output_dir):
-    """Loads the newest complete checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}."""
+    """Loads the newest complete checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}.
+
+    With another number of ranks than it was saved by, DeepSpeed's universal form of it is made first.
+    """
     found = [c for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
     if not found:
         return {"step": 0, "num_tokens": 0}
     newest = max(found, key=lambda c: int(c.parent.name.split("-")[1]))
-    engine.load_checkpoint(str(newest.parent), tag="engine")
-    print0(f"resuming from {newest.parent}")
-    return json.loads(newest.read_text(encoding="utf-8"))
+    state, folder, tag = json.loads(newest.read_text(encoding="utf-8")), newest.parent, "engine"
+    if state["world_size"] != dist.get_world_size():
+        print0(f"{folder} is of {state['world_size']} ranks, now {dist.get_world_size()}: making its universal form")
+        tag = "universal"
+        if engine.global_rank == 0:
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+            shutil.rmtree(folder / tag, ignore_errors=True)
+            subprocess.run(
+                [*command, "--input_folder", str(folder / "engine"), "--output_folder", str(folder / tag)],
+                check=True, capture_output=True,
+            )  # fmt: skip
+        dist.barrier()
+        engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(str(folder), tag=tag)
+    print0(f"resuming from {folder}")
+    return state
 
 
 @lru_cache(maxsize=2)

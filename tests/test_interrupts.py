@@ -55,12 +55,12 @@ def test_a_step_that_is_not_finite_is_not_applied(undisturbed, tiny_dir, synth_d
     same_run(out, undisturbed)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(ranks, undisturbed, tiny_dir, synth_dir, tmp_path):
-    out = tmp_path / "run"
-    launcher = TWO_RANKS if ranks == 2 else (sys.executable,)
-    flags = arguments(tiny_dir, synth_dir, out)
-    command = [*launcher, str(ROOT / "tests/grpo_letters.py"), *map(str, flags)]
+@pytest.mark.parametrize("before, after, stage", [(1, 1, 2), (2, 1, 3), (1, 2, 2)])
+def test_sigterm_saves_and_the_same_command_goes_on(before, after, stage, undisturbed, tiny_dir, synth_dir, tmp_path):
+    """Also with another number of ranks: the same samples are drawn, the same is learned."""
+    out, launchers = tmp_path / "run", {1: (sys.executable,), 2: TWO_RANKS}
+    flags = arguments(tiny_dir, synth_dir, out) + (("--zero_stage", stage) if stage != 2 else ())
+    command = [*launchers[before], str(ROOT / "tests/grpo_letters.py"), *map(str, flags)]
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ)
         while run.poll() is None and not (out / "metrics.jsonl").exists():
@@ -70,12 +70,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(ranks, undisturbed, tiny_dir
     said = (tmp_path / "log").read_text()
     step = int(re.search(r"SIGTERM: saved after step (\d)", said)[1])
     assert 1 <= step < 6 and (out / f"checkpoint-{step}/state.json").exists() and not (out / "final").exists()
-    run_script("tests/grpo_letters.py", *flags, launcher=launcher)
-    if ranks == 1:
-        same_run(out, undisturbed)
-    else:
-        for ours, theirs in zip(read(out / "metrics.jsonl"), read(undisturbed / "metrics.jsonl"), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    done = run_script("tests/grpo_letters.py", *flags, launcher=launchers[after])
+    assert f"resuming from {out}/checkpoint-{step}" in done.stdout
+    if before == after:
+        return same_run(out, undisturbed)
+    assert f"is of {before} ranks, now {after}" in done.stdout
+    for ours, theirs in zip(read(out / "metrics.jsonl"), read(undisturbed / "metrics.jsonl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    ours, theirs = (load_file(d / "final/model.safetensors") for d in (out, undisturbed))
+    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
 
 
 def test_troubles_are_named_once_with_their_cause():
