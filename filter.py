@@ -18,6 +18,7 @@ the entity's box cut out of a composite, one per source image, and the distracto
 """
 
 import argparse
+import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -138,8 +139,21 @@ def complete_lines(path):
     return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
 
 
+LOCKS = []  # open files: a folder is locked until the process ends
+
+
 def same_config(out, args, ignore=()):
-    """Writes {out}/config.json, or checks that an earlier run into this folder had the same settings."""
+    """Writes {out}/config.json, or checks that an earlier run into this folder had the same settings; locks the folder.
+
+    Errors: one line for other settings, or for another run that writes there.
+    """
+    LOCKS.append(open(Path(out) / ".lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{out}: another run writes here; want one at a time; wait, or give another folder") from None
+    except OSError as e:
+        print(f"note: {out}: no locks on this file system ({e.strerror}); start no second run into it", file=sys.stderr)
     now = {k: v for k, v in vars(args).items() if k not in ignore}
     path = Path(out) / "config.json"
     if path.exists():

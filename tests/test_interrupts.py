@@ -95,3 +95,23 @@ def test_troubles_are_named_once_with_their_cause():
         (found,) = g.likely_troubles(rows)
         assert found.startswith(trouble)
     assert g.likely_troubles([fine | {"reward": 0.0}] * 9) == {}
+
+
+def test_two_runs_into_one_folder_at_once_are_refused(tiny_dir, synth_dir, world_dir, tmp_path):
+    hold = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); time.sleep(300)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    runs = [
+        ("synth_data.py", "--source", world_dir / "train", "--out", tmp_path, "--num_samples", 4),
+        ("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--out", tmp_path, "--knowledge",
+         world_dir / "knowledge.json"),
+        ("tests/grpo_letters.py", *arguments(tiny_dir, synth_dir, tmp_path)),
+    ]  # fmt: skip
+    for run in runs:
+        done = run_script(*run, check=False)
+        assert done.returncode != 0 and f"{tmp_path}: another run writes here" in done.stderr
+    other.kill()
+    other.wait()
+    run_script(*runs[0])
