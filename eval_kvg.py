@@ -18,6 +18,7 @@ reused.
 
 import argparse
 import base64
+import errno
 import fcntl
 import gc
 import hashlib
@@ -179,6 +180,23 @@ def same_config(out, args, ignore=()):
                     "give another output folder or delete this one"
                 )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def run(main):
+    """main(), with one line instead of a traceback where the output cannot be written."""
+    try:
+        main()
+    except OSError as e:
+        full, refused = (
+            (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+            (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST),
+        )
+        if e.errno not in full + refused:
+            raise
+        raise SystemExit(
+            f"{e.filename or 'output'}: {e.strerror}; want a place that can be written; what was finished is kept: "
+            "make room, then the same command goes on"
+        ) from None
 
 
 # <<< shared:jsonl_io
@@ -1663,4 +1681,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

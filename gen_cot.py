@@ -22,6 +22,7 @@ a bad one is drawn again and at last rejected with its reason (the paper describ
 import argparse
 import asyncio
 import base64
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -237,6 +238,23 @@ def same_config(out, args, ignore=()):
                     "give another output folder or delete this one"
                 )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def run(main):
+    """main(), with one line instead of a traceback where the output cannot be written."""
+    try:
+        main()
+    except OSError as e:
+        full, refused = (
+            (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+            (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST),
+        )
+        if e.errno not in full + refused:
+            raise
+        raise SystemExit(
+            f"{e.filename or 'output'}: {e.strerror}; want a place that can be written; what was finished is kept: "
+            "make room, then the same command goes on"
+        ) from None
 
 
 # <<< shared:jsonl_io
@@ -1075,4 +1093,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

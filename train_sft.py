@@ -16,6 +16,7 @@ Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocab
 """
 
 import argparse
+import errno
 import fcntl
 import gc
 import hashlib
@@ -46,6 +47,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 
@@ -193,6 +195,23 @@ def same_config(out, args, ignore=()):
                     "give another output folder or delete this one"
                 )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
+def run(main):
+    """main(), with one line instead of a traceback where the output cannot be written."""
+    try:
+        main()
+    except OSError as e:
+        full, refused = (
+            (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+            (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST),
+        )
+        if e.errno not in full + refused:
+            raise
+        raise SystemExit(
+            f"{e.filename or 'output'}: {e.strerror}; want a place that can be written; what was finished is kept: "
+            "make room, then the same command goes on"
+        ) from None
 
 
 # <<< shared:jsonl_io
@@ -996,6 +1015,19 @@ def learning_rate_at(step, total_steps, args):
     return args.learning_rate * shape[args.lr_scheduler]
 
 
+@contextmanager
+def writing(folder):
+    """Says in one line that a checkpoint could not be written, and leaves the ones before it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch.save says RuntimeError where the disk is full
+        free = shutil.disk_usage(Path(folder).parent).free / 2**30
+        raise SystemExit(
+            f"{folder}: not written ({str(e).splitlines()[0]}); {free:.1f} GiB are free there; want room for it; the "
+            "checkpoints before it are whole: make room, then the same command goes on from there"
+        ) from None
+
+
 def export_model(engine, tokenizer, image_processor, folder):
     """Hugging Face folder (safetensors, tokenizer, image processor), written whole or not at all. All ranks call it."""
     sharded = engine.zero_optimization_stage() == 3
@@ -1003,11 +1035,12 @@ def export_model(engine, tokenizer, image_processor, folder):
     if engine.global_rank == 0:
         part = Path(f"{folder}.tmp")
         shutil.rmtree(part, ignore_errors=True)
-        engine.module.model.save_pretrained(
-            part, state_dict={name.removeprefix("model."): w for name, w in weights.items()}
-        )
-        tokenizer.save_pretrained(part)
-        image_processor.save_pretrained(part)
+        with writing(part):
+            engine.module.model.save_pretrained(
+                part, state_dict={name.removeprefix("model."): w for name, w in weights.items()}
+            )
+            tokenizer.save_pretrained(part)
+            image_processor.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     dist.barrier()
@@ -1021,7 +1054,8 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(part), tag="engine")
+    with writing(part):
+        engine.save_checkpoint(str(part), tag="engine")
     export_model(engine, tokenizer, image_processor, part / "model")
     if engine.global_rank == 0:
         write_text(part / "state.json", json.dumps(state | {"world_size": dist.get_world_size()}) + "\n")
@@ -1563,4 +1597,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -38,4 +38,4 @@ train_grpo.REWARDS |= {
     "absent": absent,
 }
 if __name__ == "__main__":
-    train_grpo.main()
+    train_grpo.run(train_grpo.main)

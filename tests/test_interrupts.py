@@ -115,3 +115,26 @@ def test_two_runs_into_one_folder_at_once_are_refused(tiny_dir, synth_dir, world
     other.kill()
     other.wait()
     run_script(*runs[0])
+
+
+@pytest.mark.parametrize("blocks", [200, 1200])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(blocks, undisturbed, tiny_dir, synth_dir, tmp_path):
+    """A limit on the size of a file (1,024-byte blocks) stands for the disk; it comes while checkpoint-4 is written."""
+    out = tmp_path / "run"
+    flags = arguments(tiny_dir, synth_dir, out)
+    run_script("tests/grpo_letters.py", *flags, "--max_steps", 3)
+    (out / "config.json").write_text((undisturbed / "config.json").read_text())
+    full = ("bash", "-c", f'ulimit -f {blocks}; exec "$@"', "bash", sys.executable)
+    done = run_script("tests/grpo_letters.py", *flags, launcher=full, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "checkpoint-4.tmp" in done.stderr and "not written" in done.stderr and "GiB are free" in done.stderr
+    assert (out / "checkpoint-2/state.json").exists() and not (out / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("folder, message", [("file", "File exists"), ("file/run", "Not a directory")])
+def test_an_output_that_cannot_be_written_is_one_line(folder, message, synth_dir, world_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    inputs = ("--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json")
+    done = run_script("gen_cot.py", *inputs, "--out", tmp_path / folder, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"{tmp_path / folder}: {message}; want a place that can be written" in done.stderr
