@@ -1710,10 +1710,14 @@ def calibration_panel(bins):
 def report_html(rows, samples, metrics, args):
     """The whole page of one run as text; it refers to no other file."""
     cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
-    heads = [f'<div class="panel head"><span class="dim">{label}</span>'
-             + (f'<b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}'
-                f'<p class="dim">95 %: {interval(m["acc_ci95"])}<br>{m["n"]:,} cases</p></div>' if m else
-                '<b>–</b><p class="dim">0 cases</p></div>') for k, label, m in cases]  # fmt: skip
+    heads = ""
+    for k, label, m in cases:
+        heads += f'<div class="panel head"><span class="dim">{label}</span>'
+        if m:
+            heads += f'<b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}<p class="dim">'
+            heads += f'<span class="hint">95 %: </span>{interval(m["acc_ci95"])}<br>{m["n"]:,} cases</p></div>'
+        else:
+            heads += '<b>–</b><p class="dim">0 cases</p></div>'
     facts = [("images", f"{len({r['image_id'] for r in rows}):,}"),
              ("answers with one valid box", f"{percent(metrics['all']['parse_rate'])} %"),
              ("mean IoU", f"{metrics['all']['mean_iou']:.3f}")]  # fmt: skip
@@ -1738,7 +1742,7 @@ def report_html(rows, samples, metrics, args):
         title=html.escape(f"{name} on {Path(args.bench).name}"),
         lead="Find the named entity among look-alikes: a case is correct when the answer holds one valid box that "
         f"overlaps the truth with IoU ≥ {CORRECT_IOU}. Prompt “{html.escape(args.prompt)}”, {how}.",
-        top=f'<section class="heads">{"".join(heads)}</section><section class="panel facts">'
+        top=f'<section class="heads">{heads}</section><section class="panel facts">'
         + "".join(f'<div><b>{v}</b><span class="dim">{k}</span></div>' for k, v in facts)
         + f'</section>{results_panel(metrics, args.seen)}<div class="two">{histogram_panel(rows)}'
         + f"{calibration_panel(pass_rate_bins(rows, rates, args.seed))}</div>",
@@ -1770,11 +1774,13 @@ def compare_html(result, folders, bench, seen):
     heads, lines = "", []
     for name, m in splits:
         difference, ci = f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+")
-        p = [f"{m[k]:.2g}" for k in tests]
+        p = ["-" if m[k] is None else f"{m[k]:.2g}" for k in tests]
         ends = m["only_a"], m["only_b"], *p, f"{m['n']:,}"
         lines.append(("split", name, percent(m["acc_a"]), percent(m["acc_b"]), difference, whisker(m), ci, *ends))
-        heads += (f'<div class="panel head"><span class="dim">{name}: B − A in points</span>'
-                  f'<b>{difference}</b>{whisker(m)}<p class="dim">95 %: {ci}<br>p = {p[0]}</p></div>')  # fmt: skip
+        heads += f'<div class="panel head"><span class="dim">{name}: B − A in points</span><b>{difference}</b>'
+        heads += (
+            f'{whisker(m)}<p class="dim"><span class="hint">95 %: </span>{ci}<br>p = {p[0] if p else "-"}</p></div>'
+        )
     header = ["split", "A %", "B %", "B − A", "", "95 % interval", "only A right", "only B right",
               *("McNemar p" if k == "mcnemar_p" else f"{k[:-2]} p" for k in tests), "cases"]  # fmt: skip
     data, pictures = gallery(runs, samples, [str(f) for f in folders], seen)
@@ -1896,7 +1902,8 @@ def main():
         )
         write_text(out / "compare.html", compare_html(result, args.compare, args.bench, args.seen))
         print0(
-            compare_table(result) + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.html'}"
+            compare_table(result)
+            + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}, compare.html"
         )
         return
     samples = read_bench(args.bench)
