@@ -1,13 +1,15 @@
 """KVG-Bench: answers every case, scores the boxes, and shows pictures, boxes and reasoning together in one HTML page.
 
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
-writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json
+writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json,
+        compare.html; with --curves: one PNG
 
   smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
   1 GPU    python eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   compare  python eval_kvg.py --compare runs/eval_sft runs/eval --out runs/eval
+  curves   python eval_kvg.py --curves runs/*/metrics.jsonl --out runs/curves.png
 
 A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
 evaluator: the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer
@@ -68,6 +70,8 @@ def parse_args(argv=None):
     p.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed"
     )
+    p.add_argument("--curves", nargs="+", metavar="FILE", help="metrics.jsonl of several runs: one PNG, in or at --out")
+    p.add_argument("--smooth", type=int, default=1, help="steps averaged in --curves; 1: none")
     p.add_argument("--summary", metavar="RUN", help="table of all RUN/eval_*/metrics.json, written to RUN/results.json")
     # answers
     p.add_argument(
@@ -95,15 +99,18 @@ def parse_args(argv=None):
     )
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap; decoding is greedy")
     # run
-    p.add_argument("--report_samples", type=int, default=400, help="most cases shown in report.html, worst first")
+    p.add_argument("--report_samples", type=int, help="most cases shown in report.html, worst first; default: all")
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
     args = p.parse_args(argv)
     if not args.summary and not args.out:
         p.error("want --out")
-    if not args.compare and not args.summary and (not args.bench or bool(args.model) == bool(args.predictions)):
-        p.error("want --bench with one of --model and --predictions, or --compare A B, or --summary RUN")
-    if args.max_completion_length < 1 or args.batch_size < 1 or args.report_samples < 0:
-        p.error("want --max_completion_length >= 1, --batch_size >= 1, --report_samples >= 0")
+    alone = args.compare or args.summary or args.curves
+    if not alone and (not args.bench or bool(args.model) == bool(args.predictions)):
+        p.error(
+            "want --bench with one of --model and --predictions, or --compare A B, --summary RUN, --curves FILE ..."
+        )
+    if args.max_completion_length < 1 or args.batch_size < 1 or (args.report_samples or 0) < 0 or args.smooth < 1:
+        p.error("want --max_completion_length, --batch_size and --smooth >= 1, --report_samples >= 0")
     args.seen = sorted({c.lower() for c in args.seen})
     return args
 
@@ -1302,169 +1309,339 @@ def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
 
 
 # ---- report ----
-REPORT_PAGE = string.Template("""<!doctype html>
+PICTURE_BYTES = 20_000_000  # of all pictures of a report together, so that it can be opened and mailed
+# The page: $top is made here, the gallery by the browser from $data, a card when it is about to be seen. What comes
+# from a model or a bench is text all the way (escape, textContent), never markup.
+REPORT_PAGE = string.Template(r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { --ink:#17212f; --dim:#5d6a7c; --line:#e2e7ee; --soft:#f5f7fa; --good:#0f8a50; --bad:#d3352c;
-  --seen:#2b6cdf; --unseen:#8b4fd0; }
+:root { color-scheme:light dark; --ink:#1a2330; --dim:#586474; --line:#dde3ea; --page:#f5f7f9; --panel:#fff;
+  --well:#edf0f4; --truth:#00845c; --a:#c94a06; --b:#6548d6; --seen:#2a6bd0; --unseen:#9247c2; --none:#8a95a5;
+  --mark:#fdf0c4; --named:#d1008f }
+@media (prefers-color-scheme:dark) { :root { --ink:#e3e8ee; --dim:#9ba8b8; --line:#2c3540; --page:#10151b;
+  --panel:#181f27; --well:#242d38; --truth:#2fc191; --a:#f58a4b; --b:#a594ff; --seen:#6ea3f5; --unseen:#c58bea;
+  --none:#7c8898; --mark:#4a3f16; --named:#ff7ad0 } }
 * { box-sizing:border-box }
-body { margin:0; background:var(--soft); color:var(--ink);
-  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
-main { max-width:1180px; margin:0 auto; padding:2.2rem 1.25rem 4rem }
-h1 { font-size:1.75rem; line-height:1.2; margin:0 0 .4rem; letter-spacing:-.01em; overflow-wrap:anywhere }
-h2 { font-size:1.1rem; margin:0 0 .8rem }
-h3 { font-size:1.05rem; margin:0; overflow-wrap:anywhere }
-p { margin:0 }
-.dim { color:var(--dim); font-size:.9rem }
-.lead { color:var(--dim); max-width:52rem }
-.panel,.card { background:#fff; border:1px solid var(--line); border-radius:12px;
-  box-shadow:0 1px 2px rgb(20 30 50/.05) }
-.panel { padding:1.2rem 1.3rem }
-.heads { display:grid; grid-template-columns:repeat(3,1fr); gap:1rem; margin:1.6rem 0 1rem }
-.head b { display:block; font-size:2.5rem; line-height:1.15; letter-spacing:-.02em; font-variant-numeric:tabular-nums }
-.head b small { font-size:1.2rem; font-weight:600 }
-.two { display:grid; grid-template-columns:1fr 1fr; gap:1rem; margin:1rem 0 }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(8rem,1fr)); gap:.8rem }
-.facts b { display:block; font-size:1.25rem; font-variant-numeric:tabular-nums }
-.scroll { overflow-x:auto }
-table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:.95rem }
-th,td { padding:.4rem .7rem; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap }
-th:first-child,td:first-child { text-align:left; padding-left:0 }
-th { color:var(--dim); font-weight:600; font-size:.85rem }
-tr.split td { font-weight:650 }
-tr:last-child td { border-bottom:0 }
-.dot { display:inline-block; width:.65rem; height:.65rem; border-radius:50%; margin-right:.45rem;
+body { margin:0; background:var(--page); color:var(--ink); -webkit-text-size-adjust:100%;
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; print-color-adjust:exact }
+main { max-width:1240px; margin:0 auto; padding:1.8rem 1.25rem 4rem }
+h1 { font-size:1.6rem; line-height:1.25; margin:0 0 .3rem; letter-spacing:-.01em; overflow-wrap:anywhere }
+h2 { font-size:1rem; margin:0 0 .7rem } h3 { font-size:1.05rem; margin:0; overflow-wrap:anywhere } p { margin:0 }
+.dim { color:var(--dim); font-size:.85rem } .lead { color:var(--dim); max-width:60rem; overflow-wrap:anywhere }
+.panel,.card { background:var(--panel); border:1px solid var(--line); border-radius:10px; min-width:0 }
+.panel { padding:1rem 1.15rem; margin-top:.9rem }
+.heads { display:grid; grid-template-columns:repeat(3,minmax(0,1fr)); gap:.9rem; margin-top:1.2rem }
+.heads .panel { margin:0 }
+.head b { display:block; font-size:2.2rem; line-height:1.2; letter-spacing:-.02em; font-variant-numeric:tabular-nums }
+.head b small { font-size:1.1rem; font-weight:600 }
+.two { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr)); gap:0 .9rem }
+.facts { display:flex; flex-wrap:wrap; gap:.5rem 2.2rem }
+.facts b { font-size:1.05rem; margin-right:.4rem; font-variant-numeric:tabular-nums }
+.scroll { overflow-x:auto } .panel>.dim { margin-top:.6rem }
+table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
+th,td { padding:.28rem .6rem; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap }
+th:first-child,td:first-child { text-align:left; padding-left:0; max-width:14rem; overflow:hidden;
+  text-overflow:ellipsis }
+th { color:var(--dim); font-weight:600; font-size:.82rem } tr:last-child td { border-bottom:0 }
+td.bar { width:34%; min-width:7.5rem } tr.split td { font-weight:650 }
+.dot { display:inline-block; width:.6rem; height:.6rem; border-radius:50%; margin-right:.45rem;
   background:var(--c,var(--ink)) }
-.seen { --c:var(--seen) } .unseen { --c:var(--unseen) } .good { --c:var(--good) } .bad { --c:var(--bad) }
-.bar { display:grid; grid-template-columns:6.5rem 1fr 3.2rem; gap:.7rem; align-items:center;
-  margin:.42rem 0; font-size:.92rem }
-.bar>span:first-child { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
-.bar>span:last-child { text-align:right; font-variant-numeric:tabular-nums; font-weight:600 }
-.track { position:relative; height:1.05rem; background:#edf0f5; border-radius:5px }
-.track i { position:absolute; inset:0 auto 0 0; background:var(--c,#46566b); border-radius:5px; opacity:.85 }
-.track u { position:absolute; top:50%; height:0; border-top:2px solid var(--ink) }
-.track u::before,.track u::after { content:""; position:absolute; top:-6px; height:10px;
+.seen { --c:var(--seen) } .unseen { --c:var(--unseen) } .good,.truth { --c:var(--truth) } .bad,.a { --c:var(--a) }
+.b { --c:var(--b) } .none { --c:var(--none) } .named { --c:var(--named) }
+.track { position:relative; height:.95rem; background:var(--well); border-radius:4px }
+.track i { position:absolute; inset:0 auto 0 0; background:var(--c,var(--dim)); border-radius:4px; opacity:.8 }
+.track u { position:absolute; top:50%; border-top:2px solid var(--ink) }
+.track u::before,.track u::after { content:""; position:absolute; top:-5px; height:8px;
   border-left:2px solid var(--ink) }
 .track u::before { left:-1px } .track u::after { right:-1px }
-.head .track { height:.55rem; margin:.55rem 0 .5rem }
-.head .track u::before,.head .track u::after { top:-5px; height:8px }
-.hist { display:flex; align-items:flex-end; gap:3px; height:190px; border-bottom:1px solid var(--dim) }
-.hist span { flex:1; background:var(--c); opacity:.85; border-radius:3px 3px 0 0; position:relative; min-height:0 }
-.hist span em { position:absolute; bottom:100%; left:-9px; right:-9px; text-align:center;
-  color:var(--dim); font:600 .68rem/1.5 system-ui,sans-serif }
-.hist .none { --c:#8b96a6; flex:1.6; margin-right:12px }
-.axis { display:flex; gap:3px; font-size:.75rem; color:var(--dim); margin-bottom:.6rem }
-.axis span { flex:1; position:relative; height:1.3rem }
-.axis span em { position:absolute; left:-1.2em; width:2.4em; text-align:center; font-style:normal }
-.axis .none { flex:1.6; margin-right:12px } .axis .none em { left:-.6em; right:auto; width:auto; white-space:nowrap }
-.axis .end { flex:0 0 0; margin-left:-3px }
-.filters { display:flex; flex-wrap:wrap; gap:.6rem 1.2rem; align-items:center; position:sticky; top:0; z-index:5;
-  background:var(--soft); padding:.7rem 0; border-bottom:1px solid var(--line); margin-bottom:1rem }
-select,input[type=search] { font:inherit; padding:.3rem .6rem; border:1px solid #c6cedb; border-radius:8px;
-  background:#fff; color:inherit }
-label { display:inline-flex; gap:.45rem; align-items:center } input[type=checkbox] { width:1.05rem; height:1.05rem }
-#count { margin-left:auto }
-.card { display:grid; grid-template-columns:minmax(0,26rem) minmax(0,1fr); gap:1.3rem; padding:1.1rem;
-  margin-bottom:1rem; content-visibility:auto; contain-intrinsic-size:auto 360px }
-.card[hidden] { display:none }
-figure { position:relative; margin:0 auto; width:100%; align-self:start; background:#e9edf2; border-radius:6px;
-  overflow:hidden; outline:1px solid var(--line) }
+.track.diff::before { content:""; position:absolute; left:50%; top:-3px; bottom:-3px; border-left:1px solid var(--dim) }
+.track.diff i { inset:50% auto auto auto; width:.62rem; height:.62rem; margin:-.31rem; border-radius:50%;
+  opacity:1; background:var(--ink) }
+.head .track { height:.5rem; margin:.5rem 0 }
+.hist { display:flex; align-items:flex-end; gap:3px; height:180px; border-bottom:1px solid var(--dim) }
+.hist span { flex:1; background:var(--c); opacity:.85; border-radius:3px 3px 0 0; position:relative }
+.hist em { position:absolute; bottom:100%; left:-9px; right:-9px; text-align:center; color:var(--dim);
+  font:600 .66rem/1.5 system-ui,sans-serif }
+.hist .none { flex:1.6; margin-right:12px } .axis .none { flex:1.6; margin-right:12px }
+.axis { display:flex; gap:3px; font-size:.75rem; color:var(--dim) }
+.axis span { flex:1; position:relative; height:1.2rem }
+.axis em { position:absolute; left:-1.2em; width:2.4em; text-align:center; font-style:normal }
+.axis .none em { left:0; width:auto; white-space:nowrap } .axis .end { flex:0 0 0; margin-left:-3px }
+.plot { position:relative; height:180px; margin:.4rem 1.2rem 2.8rem 2.2rem; border:solid var(--dim);
+  border-width:0 0 1px 1px }
+.plot svg { position:absolute; inset:0; width:100%; height:100% }
+.plot line { stroke:var(--none); stroke-dasharray:4 4; vector-effect:non-scaling-stroke }
+.plot b { position:absolute; width:.7rem; height:.7rem; margin:0 -.35rem -.35rem; border-radius:50%;
+  background:var(--seen) }
+.plot u { position:absolute; border-left:2px solid var(--seen); margin-left:-1px; opacity:.6 }
+.plot em { position:absolute; font:.75rem/1.3 system-ui,sans-serif; color:var(--dim); text-align:center }
+.plot .x { top:100%; width:3rem; margin:.25rem -1.5rem } .plot .y { right:100%; margin:0 .4rem -.5rem }
+.filters { display:flex; flex-wrap:wrap; gap:.5rem 1rem; align-items:center; position:sticky; top:0; z-index:5;
+  background:var(--page); padding:.6rem 0; border-bottom:1px solid var(--line); margin-bottom:.9rem }
+.filters label { display:flex; gap:.4rem; align-items:center; font-size:.85rem; color:var(--dim); min-width:0 }
+select,input { font:inherit; font-size:.9rem; padding:.28rem .5rem; border:1px solid var(--line); border-radius:7px;
+  background:var(--panel); color:var(--ink); min-width:0; max-width:15rem }
+#count { margin-left:auto; font-weight:600; color:var(--ink) }
+.keys { display:flex; flex-wrap:wrap; gap:.2rem 1.2rem; margin:2rem 0 .2rem; align-items:baseline }
+.keys h2 { margin:0 }
+.key { display:inline-block; width:1rem; height:.7rem; border:2px solid var(--c); border-radius:3px;
+  margin-right:.35rem }
+.key.a,figure .a { border-style:dashed } .key.b,figure .b { border-style:dotted }
+.card { display:grid; grid-template-columns:minmax(0,25rem) minmax(0,1fr); gap:1.1rem; padding:.95rem;
+  margin-bottom:.9rem; scroll-margin-top:4rem }
+.pair .card { grid-template-columns:minmax(0,20rem) minmax(0,1fr) minmax(0,1fr) } .pair .about { grid-column:1/-1 }
+.about { display:flex; flex-wrap:wrap; gap:.2rem .7rem; align-items:baseline; grid-column:1/-1 }
+.about code { margin-left:auto }
+figure { position:relative; margin:0 auto; width:100%; align-self:start; background:var(--well); border-radius:6px;
+  overflow:hidden }
 figure img { display:block; width:100%; height:100% }
-figure i { position:absolute; border:3px solid var(--c); border-radius:3px;
-  box-shadow:0 0 0 1px rgb(255 255 255/.9),inset 0 0 0 1px rgb(255 255 255/.9) }
-figure i.bad { border-style:dashed; border-width:2px; box-shadow:0 0 0 1px rgb(255 255 255/.7) }
-.body { display:flex; flex-direction:column; gap:.55rem; min-width:0 }
-.row { display:flex; flex-wrap:wrap; gap:.35rem .6rem; align-items:center }
-.chip { font-size:.8rem; padding:.08rem .6rem; border-radius:99px; border:1px solid var(--c); color:var(--c);
-  font-weight:600; white-space:nowrap }
-.chip.full { background:var(--c); color:#fff }
-.text { white-space:pre-wrap; overflow-wrap:anywhere; background:var(--soft); border-radius:8px; padding:.7rem .9rem;
-  max-height:27rem; overflow:auto; font-size:.95rem; flex:0 1 auto }
-.text span { color:#66758c; font:.8em ui-monospace,Menlo,Consolas,monospace }
-.text mark { background:#fff3c4; color:inherit; padding:.05em .15em; border-radius:3px }
-.key { display:inline-block; width:1rem; height:.75rem; border:3px solid var(--c); border-radius:3px;
-  margin-right:.35rem; vertical-align:-.05rem }
-.key.bad { border-style:dashed }
-code { font:.85em ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere }
+figure i { position:absolute; border:3px solid var(--c); border-radius:3px; pointer-events:none;
+  box-shadow:0 0 0 1px rgb(255 255 255/.8),inset 0 0 0 1px rgb(255 255 255/.8) }
+figure .named { border-width:4px; background:color-mix(in srgb,var(--c) 18%,transparent) }
+.answer { display:flex; flex-direction:column; gap:.5rem; min-width:0 }
+.row { display:flex; flex-wrap:wrap; gap:.3rem .5rem; align-items:center }
+.chip { font-size:.78rem; padding:.05rem .55rem; border-radius:99px; border:1px solid var(--c,var(--dim));
+  color:var(--c,var(--dim)); font-weight:600 }
+.text { white-space:pre-wrap; overflow-wrap:anywhere; background:var(--page); border-radius:7px; padding:.6rem .8rem;
+  max-height:24rem; overflow:auto; font-size:.92rem }
+.text .tag { color:var(--dim); opacity:.8; font:.8em ui-monospace,Menlo,Consolas,monospace }
+.text mark { background:var(--mark); color:inherit; padding:.05em .15em; border-radius:3px }
+.text button { font:inherit; color:inherit; background:none; border:0; border-bottom:2px dotted var(--named); padding:0;
+  cursor:pointer; text-align:left }
+.text button:hover,.text button:focus { background:color-mix(in srgb,var(--named) 18%,transparent) }
+code { font:.8rem ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere }
+:focus-visible { outline:2px solid var(--seen); outline-offset:2px }
+#more { display:block; margin:1rem auto; font:inherit; padding:.5rem 1.2rem; border:1px solid var(--line);
+  border-radius:8px; background:var(--panel); color:var(--ink); cursor:pointer } #more[hidden] { display:none }
 @media (max-width:760px) {
-  main { padding:1.3rem .8rem 3rem } h1 { font-size:1.35rem } .heads { gap:.5rem }
-  .two,.card { grid-template-columns:minmax(0,1fr) }
-  .head { padding:.7rem .75rem } .head b { font-size:1.45rem } .head b small { font-size:.9rem }
-  .panel { padding:.9rem } .head .dim { font-size:.75rem }
-  .card { padding:.8rem; gap:.8rem } th,td { padding:.35rem .45rem } table { font-size:.85rem }
-  .bar { grid-template-columns:5.2rem 1fr 2.8rem } .hist span:not(.none) em { display:none }
-  #count { margin-left:0 } .text { max-height:60vh } .facts { grid-template-columns:1fr 1fr }
-  .axis .none em { display:none }
+  main { padding:1.1rem .75rem 3rem } h1 { font-size:1.3rem } .heads { gap:.5rem } .panel { padding:.8rem }
+  .heads .panel { padding:.6rem } .head b { font-size:1.35rem } .head b small { font-size:.8rem }
+  .head .dim { font-size:.72rem; line-height:1.35 } .card,.pair .card { grid-template-columns:minmax(0,1fr) }
+  .card { padding:.75rem; gap:.7rem } .text { max-height:55vh } th,td { padding:.28rem .4rem; font-size:.85rem }
+  th:first-child,td:first-child { position:sticky; left:0; background:var(--panel); z-index:1; max-width:7.5rem }
+  .hist span:not(.none) em,.axis .none em { display:none } .about code { margin-left:0 }
+  .filters { position:static; display:grid; grid-template-columns:1fr 1fr } .filters label { display:block }
+  select,input { width:100%; max-width:none; font-size:1rem } #count { margin:0; grid-column:1/-1 }
+  .hint { display:none } .text button { padding:.15rem 0 }
 }
+@media print { body { background:#fff; font-size:11px } .filters,#more,.hint { display:none }
+  .panel,.card { break-inside:avoid } .text { max-height:none } main { padding:0; max-width:none } }
 </style></head><body><main>
 <h1>$title</h1>
 <p class="lead">$lead</p>
-<section class="heads">$heads</section>
-<section class="panel facts">$facts</section>
-<section class="two">
-<div class="panel"><h2>Accuracy by category</h2>$bars
-<p class="dim"><span class="dot seen"></span>seen in training &nbsp;
-<span class="dot unseen"></span>unseen &nbsp; whisker: 95 % interval</p></div>
-<div class="panel"><h2>Overlap with the truth (IoU)</h2>$histogram
-<p class="dim"><span class="dot bad"></span>wrong &nbsp; <span class="dot good"></span>correct, IoU ≥ 0.5 &nbsp;
-<span class="dot" style="--c:#8b96a6"></span>no valid box</p></div>
-</section>
-<section class="panel scroll"><h2>Results</h2><table>$table</table>
-<p class="dim">Accuracy and parsed in percent. Intervals: percentile bootstrap over images, $resamples resamples;
-a group with a single image has none.</p></section>
-<h2 style="margin:2rem 0 .2rem">Cases, worst first</h2>
-<div class="filters"><label>Category <select id="category"><option value="">all</option>$options</select></label>
-<label><input type="checkbox" id="wrong"> wrong only</label>
-<span class="dim"><span class="key good"></span>truth &nbsp;
-<span class="key bad"></span>predicted</span><span class="dim" id="count"></span></div>
-$cards
+$top
+<section aria-label="cases">
+<div class="keys"><h2>Cases</h2><span class="dim" id="legend"></span>
+<span class="dim hint">Keys: j and k go through the cases, / searches. A box in the text shows on the picture.</span>
+</div>
+<div class="filters" role="search"><label>Show <select id="show"></select></label>
+<label>Category <select id="category"></select></label><label>Sort <select id="sort"></select></label>
+<label>Search <input type="search" id="search" placeholder="name or response" autocomplete="off"></label>
+<span id="count" role="status" class="dim"></span></div>
+<noscript>The cases are drawn by a script, which is switched off here.</noscript>
+<div id="cards"></div><button type="button" id="more" hidden>Show more</button></section>
 </main>
+<script type="application/json" id="data">$data</script>
 <script type="application/json" id="pictures">$pictures</script>
 <script>
-const pictures = JSON.parse(document.getElementById("pictures").textContent);
-const cards = [...document.querySelectorAll(".card")];
-for (const img of document.querySelectorAll("img[data-i]"))
-  img.src = "data:image/jpeg;base64," + pictures[img.dataset.i];
-const category = document.getElementById("category"), wrong = document.getElementById("wrong");
-function filter() {
-  let shown = 0;
-  for (const c of cards) {
-    c.hidden = (category.value && c.dataset.category !== category.value)
-      || (wrong.checked && c.dataset.correct === "1");
-    shown += !c.hidden;
-  }
-  const kept = cards.length < $total ? " (the " + cards.length + " worst are here)" : "";
-  document.getElementById("count").textContent = shown + " of $total cases shown" + kept;
+const by = id => document.getElementById(id), read = id => JSON.parse(by(id).textContent);
+const data = read("data"), pictures = read("pictures"), pair = data.names.length > 1, kinds = ["a", "b"];
+const last = c => c.answers[c.answers.length - 1], worst = c => c.iou - (last(c).box ? 0 : 1);
+for (const c of data.cases) c.iou = last(c).iou;
+document.body.classList.toggle("pair", pair);
+
+function make(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
 }
-category.onchange = wrong.onchange = filter;
+function drawn(box, kind) { // a box of the 0..1000 grid over its picture; a model may write any numbers
+  const [x1, y1, x2, y2] = box.map(v => Math.min(100, Math.max(0, v / 10)));
+  return make("i", {class: kind, style: "left:" + Math.min(x1, x2) + "%;top:" + Math.min(y1, y2) + "%;width:"
+    + Math.abs(x2 - x1) + "%;height:" + Math.abs(y2 - y1) + "%"});
+}
+function pointer(text, box, figure) { // a box named in the text: pointed at, focused or tapped, it is on the picture
+  const button = make("button", {type: "button", title: "on the picture"}, text);
+  let shown = null;
+  const show = () => { shown ??= figure.appendChild(drawn(box, "named")); };
+  const hide = () => { if (button !== document.activeElement) { shown?.remove(); shown = null; } };
+  button.onpointerenter = button.onfocus = show;
+  button.onpointerleave = button.onblur = hide;
+  button.onclick = () => button.focus();
+  return button;
+}
+const token = new RegExp("(</?(?:think|answer)>|<\\|\\w+\\|>)|" + data.box_pattern, "g");
+function fill(node, answer, figure) { // tags recede, the answer stands out, boxes become pointers
+  let into = node, at = 0;
+  for (const m of answer.text.matchAll(token)) {
+    into.append(answer.text.slice(at, m.index));
+    at = m.index + m[0].length;
+    if (m[1] === "</answer>") into = node;
+    const numbers = m[1] ? [] : m[0].match(/[0-9]+(\.[0-9]+)?/g).map((v, i) => v * 1000 / answer.grid[i % 2]);
+    into.append(m[1] ? make("span", {class: "tag"}, m[1])
+      : numbers.length === 4 ? pointer(m[0], numbers, figure) : m[0]);
+    if (m[1] === "<answer>") node.append(into = make("mark", {}));
+  }
+  into.append(answer.text.slice(at));
+  if (!answer.text) node.append(make("span", {class: "tag"}, "(empty response)"));
+  return node;
+}
+function card(c) {
+  const [source, width, height] = pictures[c.picture] ?? ["", 4, 3];
+  const figure = make("figure", {style: "aspect-ratio:" + width + "/" + height + ";max-width:"
+    + Math.round(440 * width / height) + "px"});
+  if (source) figure.append(make("img", {src: "data:image/jpeg;base64," + source, alt: "picture of case " + c.id,
+    decoding: "async"}));
+  if (c.truth) figure.append(drawn(c.truth, "truth"));
+  const about = make("div", {class: "about"}, make("h3", {}, c.entity), make("span", {class: "dim"}, c.category),
+    make("code", {class: "dim"}, c.id));
+  const label = c.entity + ", " + c.category;
+  const node = make("article", {class: "card", tabindex: -1, "aria-label": label}, about, figure);
+  c.answers.forEach((a, i) => {
+    if (a.box) figure.append(drawn(a.box, kinds[i]));
+    const chip = (text, kind = "") => make("span", {class: "chip " + kind}, text);
+    const row = make("div", {class: "row"});
+    if (pair) row.append(make("b", {}, "AB"[i]));
+    row.append(chip(a.correct ? "✓ correct" : "✗ wrong", a.correct ? "good" : "bad"));
+    if (c.truth) row.append(chip(a.box ? "IoU " + a.iou.toFixed(2) : "no valid box", a.box ? "" : "none"));
+    if (a.contradicts) row.append(chip("reasoning contradicts", "named"));
+    if (a.tokens !== null) row.append(make("span", {class: "dim"}, a.tokens + " tokens" + (a.cut ? ", cut off" : "")));
+    const boxes = make("p", {class: "dim"});
+    for (const [kind, box, name] of [["truth", i ? null : c.truth, "truth"], [kinds[i], a.box, "predicted"]])
+      if (box) boxes.append(make("span", {class: "key " + kind, role: "img", "aria-label": name}),
+        make("code", {}, box.map(v => Math.round(v)).join(", ")), " \u00a0 ");
+    node.append(make("div", {class: "answer"}, row, fill(make("div", {class: "text"}), a, figure), boxes));
+  });
+  return node;
+}
+
+// what can be shown, in which order
+const some = test => c => c.answers.some(test);
+const shows = pair ? {
+  differ: ["one right, one wrong", c => c.answers[0].correct !== c.answers[1].correct],
+  a: ["A right, B wrong", c => c.answers[0].correct && !c.answers[1].correct],
+  b: ["B right, A wrong", c => c.answers[1].correct && !c.answers[0].correct],
+  wrong: ["both wrong", c => !c.answers.some(a => a.correct)],
+  right: ["both right", c => c.answers.every(a => a.correct)],
+  all: ["all", c => true],
+} : {
+  all: ["all", c => true],
+  wrong: ["wrong", some(a => !a.correct)],
+  box: ["wrong, with a box", some(a => !a.correct && a.box)],
+  right: ["correct", some(a => a.correct)],
+};
+shows.nobox = ["no valid box", some(a => !a.box)];
+shows.cut = ["cut off", some(a => a.cut)];
+shows.contradicts = ["reasoning contradicts", some(a => a.contradicts)];
+const sorts = {
+  worst: ["worst first", worst],
+  best: ["best first", c => -worst(c)],
+  bench: ["as in the bench", c => c.number],
+  long: ["longest response first", c => -last(c).text.length],
+};
+if (pair) {
+  sorts.lost = ["B − A, least first", c => c.iou - c.answers[0].iou];
+  sorts.gained = ["B − A, most first", c => c.answers[0].iou - c.iou];
+}
+const number = n => n.toLocaleString("en"), count = (name, n) => name + " (" + number(n) + ")";
+for (const [key, [name, test]] of Object.entries(shows)) {
+  const n = data.cases.filter(test).length;
+  if (n || key === "all" || key === "differ") by("show").append(make("option", {value: key}, count(name, n)));
+}
+const categories = [...new Set(data.cases.map(c => c.category))].sort();
+by("category").append(make("option", {value: ""}, "all"));
+for (const split of ["seen", "unseen"])
+  by("category").append(make("option", {value: "/" + split},
+    count(split, data.cases.filter(c => c.split === split).length)));
+for (const name of categories)
+  by("category").append(make("option", {value: name}, count(name, data.cases.filter(c => c.category === name).length)));
+for (const [key, [name]] of Object.entries(sorts)) by("sort").append(make("option", {value: key}, name));
+for (const [kind, name] of [["truth", "truth"], ["a", pair ? "A" : "predicted"], ...pair ? [["b", "B"]] : [],
+    ["named", "named in the text"]])
+  by("legend").append(make("span", {class: "key " + kind}), name + " \u00a0 ");
+
+let list = [], at = 0;
+function more() {
+  by("cards").append(...list.slice(at, at += 24).map(card));
+  by("more").hidden = at >= list.length;
+}
+function filter() {
+  const test = shows[by("show").value][1], key = sorts[by("sort").value][1], category = by("category").value;
+  const words = by("search").value.trim().toLowerCase();
+  list = data.cases.filter(c => test(c) && (!category || c.category === category || "/" + c.split === category)
+    && (!words || [c.entity, c.id, ...c.answers.map(a => a.text)].some(t => t.toLowerCase().includes(words))));
+  list.sort((x, y) => key(x) - key(y) || x.number - y.number);
+  at = 0;
+  by("cards").replaceChildren();
+  more();
+  const kept = data.cases.length < data.total ? " (the " + data.cases.length + " worst are here)" : "";
+  by("count").textContent = number(list.length) + " of " + number(data.total) + " cases" + kept;
+}
+const controls = ["show", "category", "sort", "search"].map(by);
+for (const control of controls) control.oninput = () => {
+  filter(); // the address keeps the view, so that it can be reloaded and sent
+  history.replaceState(null, "", "#" + new URLSearchParams(controls.map(c => [c.id, c.value])));
+};
+for (const [id, value] of new URLSearchParams(location.hash.slice(1))) {
+  const control = controls.find(c => c.id === id), options = [...control?.options ?? []].map(o => o.value);
+  if (control && (id === "search" || options.includes(value))) control.value = value;
+}
+by("more").onclick = more;
+new IntersectionObserver(e => e[0].isIntersecting && more(), {rootMargin: "1500px"}).observe(by("more"));
+document.onkeydown = e => {
+  if (e.target.matches("input,select") || e.ctrlKey || e.metaKey || e.altKey) return;
+  const cards = [...by("cards").children], step = {j: 1, k: -1}[e.key];
+  if (e.key === "/") { e.preventDefault(); by("search").focus(); }
+  if (step) cards[Math.max(0, cards.indexOf(document.activeElement.closest(".card")) + step)]?.focus();
+};
 filter();
 </script></body></html>
 """)
 
 
-def thumbnail(image):
-    """(base64 JPEG, width, height), at most 480 px wide and high."""
+def page_json(value):
+    """JSON for a script element: ASCII, and no <, so that no text can end the element or a line of script."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def thumbnail(image, most):
+    """[base64 JPEG, width, height]: the largest and finest of a few settings that takes at most `most` bytes."""
     image = load_image(image)
-    image.thumbnail((480, 480), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return base64.b64encode(data.getvalue()).decode(), *image.size
+    for side, quality in ((640, 82), (560, 76), (480, 72), (400, 68), (320, 62), (240, 50)):
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=quality)
+        if data.tell() * 4 / 3 <= most:
+            break
+    return [base64.b64encode(data.getvalue()).decode(), *image.size]
 
 
-def box_div(box, kind):
-    """A box of the 0..1000 grid over its picture, in percent."""
-    x1, y1, x2, y2 = (v / 10 for v in box)
-    return f'<i class="{kind}" style="left:{x1:.1f}%;top:{y1:.1f}%;width:{x2 - x1:.1f}%;height:{y2 - y1:.1f}%"></i>'
+def gallery(runs, samples, names, seen, most=None):
+    """(data, pictures) as JSON: the cases of one run or of two with the same ids; `most`: only so many, the worst.
 
-
-def marked_text(text):
-    """Escaped response; tags and special tokens stay readable but recede, the answer stands out."""
-    shown = re.sub(r"&lt;/?(?:think|answer)&gt;|&lt;\|\w+\|&gt;", r"<span>\g<0></span>", html.escape(text.strip()))
-    shown = re.sub(
-        r"(<span>&lt;answer&gt;</span>)(.*?)(<span>&lt;/answer&gt;</span>)", r"\1<mark>\2</mark>\3", shown, flags=re.S
-    )
-    return shown or "<span>(empty response)</span>"
+    A case whose sample is not there has no picture; its boxes are drawn on an empty one.
+    """
+    by_id, other = {s["id"]: s for s in samples}, [{r["question_id"]: r for r in rows} for rows in runs]
+    shown = sorted(enumerate(runs[-1]), key=lambda r: (r[1].get("iou", 0.0), r[1].get("pred_bbox_1000") is not None))[
+        :most
+    ]
+    images = {r["image_id"]: by_id[r["question_id"]]["image"] for _, r in shown if r["question_id"] in by_id}
+    number, cases = {image_id: i for i, image_id in enumerate(images)}, []
+    for i, row in shown:
+        key = row["question_id"]
+        answers = [{"text": r.get("response") or "", "box": r.get("pred_bbox_1000"), "iou": r.get("iou", 0.0),
+                    "correct": bool(r["correct"]), "tokens": r.get("num_tokens"), "cut": r.get("finished") is False,
+                    "contradicts": bool(r.get("reasoning_contradicts")), "grid": r.get("grid") or [1000, 1000]}
+                   for r in (rows[key] for rows in other)]  # fmt: skip
+        name = row.get("entity") or by_id.get(key, {}).get("question") or key
+        cases.append({"number": i, "id": key, "entity": name, "category": row["category"],
+                      "split": "seen" if row["category"] in seen else "unseen", "truth": row.get("gt_bbox_1000"),
+                      "picture": number.get(row["image_id"]), "answers": answers})  # fmt: skip
+    pictures = [thumbnail(image, PICTURE_BYTES / len(images)) for image in images.values()]
+    data = {"names": names, "total": len(runs[-1]), "box_pattern": BOXES.pattern, "cases": cases}
+    return page_json(data), page_json(pictures)
 
 
 def track(m, kind=""):
@@ -1477,46 +1654,43 @@ def track(m, kind=""):
     return f'<div class="track {kind}"><i style="width:{percent(m["acc"])}%"></i>{whisker}</div>'
 
 
-def case_card(row, sample, picture, width, height):
-    """One case of the gallery: picture with both boxes, and the reasoning next to it."""
-    e, box, kind = html.escape, row["pred_bbox_1000"], "good" if row["correct"] else "bad"
-    verdict = f"IoU {row['iou']:.2f}" if box else "no valid box"
-    length = (
-        ""
-        if row["num_tokens"] is None
-        else f" · {row['num_tokens']} tokens{', cut off' if row['finished'] is False else ''}"
-    )
-    boxes = box_div(row["gt_bbox_1000"], "good") + (box_div(box, "bad") if box else "")
-    return (f'<article class="card" data-category="{e(row["category"])}" data-correct="{int(row["correct"])}">'
-            f'<figure style="aspect-ratio:{width}/{height};max-width:{460 * width / height:.0f}px">'
-            f'<img data-i="{picture}" alt="picture of case {e(row["question_id"])}" decoding="async">{boxes}</figure>'
-            f'<div class="body"><div class="row {kind}"><h3>{e(row["entity"] or sample["question"])}</h3>'
-            f'<span class="chip full">{"correct" if row["correct"] else "wrong"}</span>'
-            f'<span class="chip">{verdict}</span><span class="dim">{e(row["category"])}</span></div>'
-            f'<div class="text">{marked_text(row["response"])}</div>'
-            f'<p class="dim"><span class="key good"></span><code>{row["gt_bbox_1000"]}</code> &nbsp; '
-            f'<span class="key bad"></span><code>{box or "none"}</code></p>'
-            f'<p class="dim"><code>{e(row["question_id"])}</code>{length}</p></div></article>\n')  # fmt: skip
+def html_table(header, lines):
+    """Lines are (class, cell, cell, ...); cells are markup. A cell that is a track becomes a wide one."""
+    body = ""
+    for kind, *cells in lines:
+        cells = [f"<td{' class=bar' if str(c).startswith('<div') else ''}>{c}</td>" for c in cells]
+        body += f'<tr class="{kind}">{"".join(cells)}</tr>'
+    return f'<div class="scroll"><table><tr>{"".join(f"<th>{h}</th>" for h in header)}</tr>{body}</table></div>'
 
 
-def report_html(rows, samples, metrics, args):
-    """The whole page as text; it refers to no other file."""
-    e, by_id = html.escape, {s["id"]: s for s in samples}
-    shown = sorted(rows, key=lambda r: (r["iou"], r["pred_bbox_1000"] is not None))[: args.report_samples]
-    thumbs = {r["image_id"]: None for r in shown}
-    for r in shown:
-        thumbs[r["image_id"]] = thumbs[r["image_id"]] or thumbnail(by_id[r["question_id"]]["image"])
-    number = {k: i for i, k in enumerate(thumbs)}
-    cards = [case_card(r, by_id[r["question_id"]], number[r["image_id"]], *thumbs[r["image_id"]][1:]) for r in shown]
+def results_panel(metrics, seen):
+    """Table of the splits and categories with bars, and why the official accuracy differs, where it is known."""
+    named = [(k, "split", k if k != "all" else "", metrics[k]) for k in ("all", "seen", "unseen")]
+    named += [(c, "", "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
+    official, lines = "acc_official" in (metrics["all"] or {}), []
+    for name, row, kind, m in named:
+        if m:
+            cells = [percent(m["acc"]), track(m, kind), interval(m["acc_ci95"])]
+            cells += [percent(m["acc_official"])] if official else []
+            cells += [f"{m['mean_iou']:.3f}", percent(m["parse_rate"]), f"{m['n']:,}"]
+        else:
+            cells = ["–"] * (5 + official) + ["0"]
+        lines.append((row, f'<span class="dot {kind}"></span>{html.escape(name)}', *cells))
+    header = ["split", "accuracy %", "", "95 % interval", *(["official %"] if official else []),
+              "mean IoU", "parsed %", "cases"]  # fmt: skip
+    why = ""
+    if official and (reasons := metrics.get("official_differences")):
+        counts = "; ".join(f"{html.escape(str(k))}: {n}" for k, n in reasons.items())
+        why = f'<p class="dim">“Official” is the count of the released evaluator, which reads answers by other rules. '\
+              f"The two differ in {sum(reasons.values())} cases ({counts}).</p>"  # fmt: skip
+    return (f'<section class="panel"><h2>Results</h2>{html_table(header, lines)}{why}'
+            f'<p class="dim"><span class="dot seen"></span>seen in training &nbsp; <span class="dot unseen"></span>'
+            f"unseen &nbsp; whiskers: 95 %, {RESAMPLES:,} resamples of whole images; a single image has none</p>"
+            "</section>")  # fmt: skip
 
-    cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
-    heads = [f'<div class="panel head {k}"><span class="dim">{label}</span>'
-             + (f'<b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}'
-                f'<p class="dim">{interval(m["acc_ci95"])}<br>{m["n"]} cases</p></div>' if m else
-                '<b>–</b><p class="dim">0 cases</p></div>') for k, label, m in cases]  # fmt: skip
-    bars = [f'<div class="bar"><span title="{e(c)}">{e(c)}</span>{track(m, "seen" if c in args.seen else "unseen")}'
-            f'<span>{percent(m["acc"])}</span></div>'
-            for c, m in metrics["categories"].items()]  # fmt: skip
+
+def histogram_panel(rows):
+    """Columns of the IoU in steps of 0.05, and one of the answers without a valid box."""
     unparsed = sum(r["pred_bbox_1000"] is None for r in rows)
     counts = np.histogram([r["iou"] for r in rows if r["pred_bbox_1000"]], bins=np.linspace(0, 1, 21))[0].tolist()
     highest = max(counts + [unparsed, 1])
@@ -1530,54 +1704,186 @@ def report_html(rows, samples, metrics, args):
     ]
     ticks = [f"<span><em>{i / 20:g}</em></span>" if i % 5 == 0 else "<span></span>" for i in range(20)]
     ticks = ['<span class="none"><em>no box</em></span>', *ticks, '<span class="end"><em>1</em></span>']
-    histogram = f'<div class="hist">{"".join(columns)}</div><div class="axis">{"".join(ticks)}</div>'
-    lines = [f'<tr class="{kind}"><td><span class="dot {kind if kind != "split" else name}"></span>{e(name)}</td>'
-             + "".join(f"<td>{c}</td>" for c in rest) + "</tr>"
-             for name, kind, *rest in metric_lines(metrics, args.seen)]  # fmt: skip
-    facts = [("images", len({r["image_id"] for r in rows})),
-             ("answers with a valid box", f"{metrics['all']['parse_rate']:.1%}"),
+    return (f'<section class="panel"><h2>Overlap with the truth (IoU)</h2><div class="hist">{"".join(columns)}</div>'
+            f'<div class="axis">{"".join(ticks)}</div><p class="dim"><span class="dot bad"></span>wrong &nbsp; '
+            '<span class="dot good"></span>correct, IoU ≥ 0.5 &nbsp; <span class="dot none"></span>no valid box</p>'
+            "</section>")  # fmt: skip
+
+
+def pass_rate_bins(rows, rates, seed):
+    """[(mean pass rate, split_metrics)] of the cases with a pass rate: per value if these are few, else in 5 bins."""
+    rows = [r for r in rows if rates.get(r["question_id"]) is not None]
+    values, bins = {rates[r["question_id"]] for r in rows}, {}
+    for r in rows:
+        rate = rates[r["question_id"]]
+        bins.setdefault(rate if len(values) < 10 else min(int(rate * 5), 4), []).append(r)
+    return [(sum(rates[r["question_id"]] for r in b) / len(b), split_metrics(b, seed)) for _, b in sorted(bins.items())]
+
+
+def calibration_panel(bins):
+    """Accuracy over pass rate, a point with its interval per bin; nothing where no row has a pass rate."""
+    if not bins:
+        return ""
+    marks = [f'<em class="y" style="bottom:{v}%">{v}</em>' for v in (0, 50, 100)]
+    for rate, m in bins:
+        x, low, high = percent(rate), *(m["acc_ci95"] or (m["acc"], m["acc"]))
+        words = f"pass rate {rate:.2f}: accuracy {percent(m['acc'])} % ({interval(m['acc_ci95'])}), {m['n']} cases"
+        marks.append(
+            f'<u style="left:{x}%;bottom:{percent(low)}%;height:{percent(high - low)}%"></u>'
+            f'<b style="left:{x}%;bottom:{percent(m["acc"])}%" role="img" aria-label="{words}" title="{words}"></b>'
+            f'<em class="x" style="left:{x}%">{rate:.2f}<br>n {m["n"]}</em>'
+        )
+    return ('<section class="panel"><h2>Accuracy over pass rate</h2><div class="plot"><svg preserveAspectRatio="none" '
+            'viewBox="0 0 1 1"><line x1="0" y1="1" x2="1" y2="0"/></svg>' + "".join(marks) + "</div>"
+            '<p class="dim">Accuracy in percent over the pass rate that filter.py wrote to the rows, with 95 % '
+            "intervals; on the dashed line the two are equal.</p></section>")  # fmt: skip
+
+
+def report_html(rows, samples, metrics, args):
+    """The whole page of one run as text; it refers to no other file."""
+    cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
+    heads = ""
+    for k, label, m in cases:
+        heads += f'<div class="panel head"><span class="dim">{label}</span>'
+        if m:
+            heads += f'<b>{percent(m["acc"])}<small> %</small></b>{track(m, k)}<p class="dim">'
+            heads += f'<span class="hint">95 %: </span>{interval(m["acc_ci95"])}<br>{m["n"]:,} cases</p></div>'
+        else:
+            heads += '<b>–</b><p class="dim">0 cases</p></div>'
+    facts = [("images", f"{len({r['image_id'] for r in rows}):,}"),
+             ("answers with one valid box", f"{percent(metrics['all']['parse_rate'])} %"),
              ("mean IoU", f"{metrics['all']['mean_iou']:.3f}")]  # fmt: skip
-    optional = (
-        ("mean_length", "tokens per answer", ".0f"),
-        ("clipped_ratio", "cut off", ".1%"),
-        ("per_second", "answers/s per process", ".2f"),
-    )
-    facts += [
-        (label, format(metrics[f"completions/{k}"], form))
-        for k, label, form in optional
-        if metrics[f"completions/{k}"] is not None
-    ]
+    if (length := metrics.get("completions/mean_length")) is not None:
+        facts.append(("tokens per answer", f"{length:.0f}"))
+    if (clipped := metrics.get("completions/clipped_ratio")) is not None:
+        facts.append(("cut off", f"{percent(clipped)} %"))
+    judged = [r["reasoning_contradicts"] for r in rows if r.get("reasoning_contradicts") is not None]
+    if judged:
+        facts.append(("reasoning contradicts the answer", f"{percent(sum(judged) / len(judged))} %"))
     source = Path(args.model or args.predictions)
-    name = (
-        f"{source.parent.name}/{source.name}"
-        if source.name in ("final", "model", "predictions.jsonl", "answers.jsonl")
-        else source.name
-    )
+    generic = source.name in ("final", "model", "predictions.jsonl", "answers.jsonl")
+    name = f"{source.parent.name}/{source.name}" if generic else source.name
     how = (
         f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens"
         if args.model
         else "answers made elsewhere"
     )
-    lead = (
-        "Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps "
-        f"the truth with IoU ≥ 0.5. Prompt “{args.prompt}”, {how}."
-    )
-    header = ("split", "cases", "accuracy", "95 % interval", "mean IoU", "parsed")
-    counted = sorted(Counter(r["category"] for r in shown).items())
+    rates = {s["id"]: s["row"].get("pass_rate") for s in samples}
+    data, pictures = gallery([rows], samples, [name], args.seen, args.report_samples)
     return REPORT_PAGE.substitute(
-        title=e(f"{name} on {Path(args.bench).name}"),
-        lead=e(lead),
-        heads="".join(heads),
-        facts="".join(f"<div><b>{v}</b><span class='dim'>{k}</span></div>" for k, v in facts),
-        bars="".join(bars),
-        histogram=histogram,
-        table="<tr>" + "".join(f"<th>{c}</th>" for c in header) + "</tr>" + "".join(lines),
-        resamples=f"{RESAMPLES:,}",
-        options="".join(f'<option value="{e(c)}">{e(c)} ({n})</option>' for c, n in counted),
-        cards="".join(cards),
-        total=len(rows),
-        pictures=json.dumps([t[0] for t in thumbs.values()]),
+        title=html.escape(f"{name} on {Path(args.bench).name}"),
+        lead="Find the named entity among look-alikes: a case is correct when the answer holds one valid box that "
+        f"overlaps the truth with IoU ≥ {CORRECT_IOU}. Prompt “{html.escape(args.prompt)}”, {how}.",
+        top=f'<section class="heads">{heads}</section><section class="panel facts">'
+        + "".join(f'<div><b>{v}</b><span class="dim">{k}</span></div>' for k, v in facts)
+        + f'</section>{results_panel(metrics, args.seen)}<div class="two">{histogram_panel(rows)}'
+        + f"{calibration_panel(pass_rate_bins(rows, rates, args.seed))}</div>",
+        data=data,
+        pictures=pictures,
     )
+
+
+def compare_html(result, folders, bench, seen):
+    """The page of two runs: `result` of compare_runs, and both answers of every case beside each other.
+
+    Pictures come from `bench`, or from the one that the run was made with, as long as that file is there.
+    """
+    runs = [read_jsonl(Path(folder) / "predictions.jsonl") for folder in folders]
+    config = Path(folders[1]) / "config.json"
+    bench = bench or (json.loads(config.read_text(encoding="utf-8")).get("bench") if config.exists() else None)
+    truth = {r["question_id"]: r["gt_bbox_1000"] for r in runs[1]}
+    samples = read_bench(bench) if bench and os.path.isfile(bench) else []
+    samples = [s for s in samples if truth.get(s["id"]) == s["bbox_1000"]]
+    splits = [(k, result[k]) for k in ("all", "seen", "unseen") if result.get(k)]
+    widest = max(abs(v) for _, m in splits for v in (*(m["difference_ci95"] or ()), m["difference"], 0.01))
+
+    def whisker(m):
+        point, low, high = (50 + 48 * v / widest for v in (m["difference"], *(m["difference_ci95"] or (0, 0))))
+        line = f'<u style="left:{low:.1f}%;right:{100 - high:.1f}%"></u>' if m["difference_ci95"] else ""
+        return f'<div class="track diff">{line}<i style="left:{point:.1f}%"></i></div>'
+
+    tests = [k for k in splits[0][1] if k.endswith("_p")]
+    heads, lines = "", []
+    for name, m in splits:
+        difference, ci = f"{100 * m['difference']:+.1f}", interval(m["difference_ci95"], "+")
+        p = ["-" if m[k] is None else f"{m[k]:.2g}" for k in tests]
+        ends = m["only_a"], m["only_b"], *p, f"{m['n']:,}"
+        lines.append(("split", name, percent(m["acc_a"]), percent(m["acc_b"]), difference, whisker(m), ci, *ends))
+        heads += f'<div class="panel head"><span class="dim">{name}: B − A in points</span><b>{difference}</b>'
+        heads += (
+            f'{whisker(m)}<p class="dim"><span class="hint">95 %: </span>{ci}<br>p = {p[0] if p else "-"}</p></div>'
+        )
+    header = ["split", "A %", "B %", "B − A", "", "95 % interval", "only A right", "only B right",
+              *("McNemar p" if k == "mcnemar_p" else f"{k[:-2]} p" for k in tests), "cases"]  # fmt: skip
+    data, pictures = gallery(runs, samples, [str(f) for f in folders], seen)
+    a, b = (html.escape(str(f)) for f in folders)
+    note = "" if samples else " The pictures are left out: no bench file was found; name it with --bench."
+    return REPORT_PAGE.substitute(
+        title=f"{html.escape(Path(folders[1]).name)} against {html.escape(Path(folders[0]).name)}",
+        lead=f"A = {a}, B = {b}: two runs on the same cases.{note}",
+        top=f'<section class="heads">{heads}</section><section class="panel"><h2>Difference in accuracy</h2>'
+        f'{html_table(header, lines)}<p class="dim">In points; the line in the middle is no difference. Intervals '
+        "resample whole images; p-values ask whether the two runs could be equally good.</p></section>",
+        data=data,
+        pictures=pictures,
+    )
+
+
+# ---- curves ----
+CURVES_FIRST = ("reward", "loss", "acc@0.5", "rewards/iou/mean", "rewards/format/mean", "parse_rate",
+                "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl", "grad_norm",
+                "learning_rate")  # fmt: skip
+
+
+def curve_points(rows, key, smooth):
+    """(steps, values) of one metric, each value the mean of the last `smooth`; null and NaN are left out."""
+    points = [(r.get("step", i), r.get(key)) for i, r in enumerate(rows, 1)]
+    points = [(x, v) for x, v in points if isinstance(v, int | float) and math.isfinite(v)]
+    values = [v for _, v in points]
+    means = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - smooth) : i + 1])]
+    return [x for x, _ in points], means
+
+
+def draw_runs(paths, png_path, smooth):
+    """Draws a panel per metric that all the files have, a line per run; returns the metrics, most useful first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [read_jsonl(path) for path in paths]
+    folders = [Path(path).resolve().parent for path in paths]
+    common = os.path.commonpath(folders) if len(set(folders)) > 1 else folders[0].parent
+    labels = [os.path.relpath(folder, common) for folder in folders]
+    if len(set(labels)) < len(labels):  # several files in one folder
+        labels = [f"{label}/{Path(path).name}" for label, path in zip(labels, paths, strict=True)]
+    keys = [k for k in dict.fromkeys(k for r in runs[0] for k in r) if all(curve_points(r, k, 1)[0] for r in runs)]
+    keys = [k for k in CURVES_FIRST if k in keys] + [k for k in keys if k not in (*CURVES_FIRST, "step")]
+    if not keys:
+        raise SystemExit(
+            f"{paths[0]}: no metric that all {len(paths)} files have; want metrics.jsonl of alike runs; check --curves"
+        )
+    columns = min(3, len(keys))
+    lines = math.ceil(len(keys) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 2.7 * lines + 0.5), squeeze=False)
+    for ax, key in zip(axes.flat, keys, strict=False):
+        for i, rows in enumerate(runs):
+            steps, values = curve_points(rows, key, smooth)
+            style = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4], linewidth=1.4)
+            ax.plot(steps, values, marker="." if len(steps) == 1 else None, **style)
+        ax.set_title(key, fontsize=10, loc="left")
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[len(keys) :]:
+        ax.axis("off")
+    figure.tight_layout()
+    handles = axes.flat[0].get_lines()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(4, len(runs)), frameon=False)
+    Path(png_path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return keys
 
 
 def write_results(out, samples, answers, args):
@@ -1616,13 +1922,20 @@ def main():
         print(summarize(run, args.seed) + "\n".join([f"{run / 'results.json'}", *found]))
         return
     out, rank = Path(args.out), int(os.environ.get("RANK", 0))
+    if args.curves:
+        path = out if out.suffix == ".png" else out / "curves.png"
+        keys = draw_runs(args.curves, path, args.smooth)
+        print0(f"eval_kvg: {len(keys)} metrics of {len(args.curves)} runs ({', '.join(keys[:4])}, ...) -> {path}")
+        return
     if args.compare:
         result = compare_runs(*args.compare, args.seen, args.seed)
         write_text(
             out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n"
         )
+        write_text(out / "compare.html", compare_html(result, args.compare, args.bench, args.seen))
         print0(
-            compare_table(result) + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}"
+            compare_table(result)
+            + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}, compare.html"
         )
         return
     samples = read_bench(args.bench)
@@ -1643,6 +1956,8 @@ def main():
                 "out",
                 "compare",
                 "summary",
+                "curves",
+                "smooth",
                 "batch_size",
                 "seen",
                 "seed",
