@@ -1116,7 +1116,7 @@ def crop(image, bbox_px):
 
 
 def draw_options(entity, pools, rng):
-    """The entity and up to three others, at random places; others come from the first pool (a set) as far as it goes."""
+    """The entity at a random place among up to three others, from the first pool (a set) as far as that goes."""
     options = []
     for pool in pools:
         others = sorted(set(pool) - {entity, *options})
