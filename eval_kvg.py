@@ -1552,7 +1552,7 @@ def summarize(run, seed):
     rows, splits = [], ("seen", "unseen", "all")
     for path in paths:
         m = json.loads(path.read_text(encoding="utf-8"))
-        if m["config"].get("task", "kvg") != "kvg":  # another bench, another table
+        if m.get("config", {}).get("task", "kvg") != "kvg":  # another bench, another table
             continue
         rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"],
                      **{k: m[k] and m[k]["acc"] for k in splits},

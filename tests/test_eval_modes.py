@@ -120,6 +120,9 @@ def test_the_marked_object_is_the_cut_out_box_and_the_prompt_asks_for_a_letter(t
     args = SimpleNamespace(corrupt="noise", corrupt_strength=5, seed=0)
     assert e.load_image(e.case_picture(whole | {"cut": True}, args)).size == (105, 100)
     assert e.load_image(e.case_picture(whole | {"cut": True}, args)).getpixel((50, 50)) != (200, 0, 0)
+    shown = {(seed, name): e.case_picture(whole | {"id": name}, SimpleNamespace(**vars(args) | {"seed": seed}))
+             for seed in (0, 1) for name in "ab"}  # fmt: skip
+    assert len(set(shown.values())) == 4, "each seed and each case is spoilt in its own way"
     assert e.prompt_suffix("r1", False) == e.R1_SUFFIX and "(letter)" in e.prompt_suffix("r1", True)
     assert e.prompt_suffix("json", True) == e.prompt_suffix("direct", True) == "" and "JSON" in e.prompt_suffix(
         "json", 0
@@ -187,11 +190,10 @@ def test_the_gap_is_asked_after_the_boxes_stored_and_not_asked_again(in_process,
         assert text == case["question"] + e.R1_SUFFIX
         return box_answer((0, 0, 1, 1) if case["id"] in wrong else case["bbox_1000"])
 
-    assert len(in_process(say, tmp_path, *SEEN)) == 28
-    assert (
-        len(in_process(say, tmp_path, *SEEN, "--gap")) == 28
-        and "56 cases, 28 answered before" in capsys.readouterr().out
-    )
+    whole = in_process(say, tmp_path, *SEEN)
+    cut = in_process(say, tmp_path, *SEEN, "--gap")
+    assert len(whole) == len(cut) == 28 and "56 cases, 28 answered before" in capsys.readouterr().out
+    assert all(np.prod(small) < np.prod(large) for (small, _), (large, _) in zip(cut, whole, strict=True))
     gap = json.loads((tmp_path / "metrics.json").read_text())["gap"]
     rows = e.read_jsonl(tmp_path / "choices.jsonl")
     right = [r["options"][0] == r["entity"] for r in rows]
@@ -254,8 +256,11 @@ def test_each_kind_does_what_it_says():
     assert abs(blurred.mean() - plain.mean()) < 2
     ratio = (pixels_of(e.corrupt(image, "color", 3, "s")) / plain.clip(1)).mean((0, 1))
     assert ratio.min() < 0.75 and ratio.max() > 1.1, "color: one channel weaker, one stronger"
-    changed = (pixels_of(e.corrupt(image, "seams", 2, "s")) != plain).any(-1)
-    assert 0 < changed.mean() < 0.1 and (changed.all(0).any() or changed.all(1).any()), "seams: a line across"
+    for seed in "stuvwx":
+        changed = (pixels_of(e.corrupt(image, "seams", 1, seed)) != plain).any(-1)
+        assert changed.mean() < 0.1 and (changed.all(0).any() or changed.all(1).any()), (
+            "seams: a line across, little else"
+        )
     first, more = ((pixels_of(e.corrupt(image, "seams", s, "s")) != plain).any(-1) for s in (1, 5))
     assert more[first].mean() > 0.95, "a higher strength keeps the lines of a lower one"
 
