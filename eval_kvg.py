@@ -1457,6 +1457,8 @@ def mode_tables(metrics):
             lines.append((name, p["n"] if p else 0, *cells, *choice))
         header = ("choice x box", "cases", "both right", "choice right, box wrong", "choice wrong, box right")
         text += "\n" + markdown((*header, "both wrong", "choice %", "choice parsed %"), lines)
+        if m["all"]["choice"]["parse_rate"] < 0.9:  # no option named counts as wrong
+            text += "\nMany answers name no option: the choices are too low; see choices.jsonl.\n"
     if (m := metrics.get("reasoning")) and m["all"]:
         told = [f"{percent(m[k]['contradicts'])} % of {m[k]['n']} {k}" for k in ("correct", "wrong") if m[k]]
         text += f"\nReasoning that contradicts its answer: {' and '.join(told)} answers.\n"

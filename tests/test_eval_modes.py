@@ -105,6 +105,9 @@ def test_the_two_by_two_table_counts_every_case_once():
     assert (gap["all"]["choice"]["acc"], gap["all"]["choice"]["parse_rate"], gap["all"]["choice"]["chance"]) == (
         0.5, 0.9, 0.25)  # fmt: skip
     assert e.gap_metrics(rows, choices, ["bird", "dog"], 0)["unseen"] is None
+    assert "name no option" not in e.mode_tables({"gap": gap}), "9 of 10 do"
+    gap["all"]["choice"]["parse_rate"] = 0.8
+    assert "Many answers name no option" in e.mode_tables({"gap": gap})
     assert "3 (30.0 %)" in e.mode_tables({"gap": gap}) and "| unseen" in e.mode_tables({"gap": gap})
 
 
