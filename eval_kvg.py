@@ -1627,7 +1627,7 @@ def read_rec(path):
                 f"{where}: no box; want bbox_px [x1, y1, x2, y2] or bbox [x, y, width, height]; mend the row"
             )
         x1, y1, x2, y2 = box if "bbox_px" in r else (box[0], box[1], box[0] + box[2], box[1] + box[3])
-        image = str(Path(path).parent / r["image"])
+        image = str(Path(path).parent / str(r["image"]))
         if not os.path.isfile(image):
             raise SystemExit(f"{where}: {image}: no such image; want a path relative to the bench's folder; check it")
         width, height = size_of(image)
@@ -1658,15 +1658,17 @@ def read_fgvr(path, seed):
     else:
         rows = read_jsonl(path, ("image", "entity", "category"))
     names, samples = defaultdict(set), []
+    rows = [r | {k: str(r[k]) for k in ("image", "entity", "category")} for r in rows]
     for r in rows:
         names[r["category"]].add(r["entity"])
     for i, r in enumerate(rows):
         where, case, entity = f"{path}:{i + 1}", str(r.get("id", r["image"])), r["entity"]
         others = names[r["category"]]
         options = r.get("options") or draw_options(entity, [others], random.Random(f"{seed}:fgvr:{case}"))
-        if not 2 <= len(options) <= 4 or len(set(options)) < len(options) or entity not in options:
+        sound = isinstance(options, list) and all(isinstance(o, str) for o in options)
+        if not sound or not 2 <= len(options) <= 4 or len(set(options)) < len(options) or entity not in options:
             raise SystemExit(
-                f"{where}: options {options}; want 2 to 4 different ones, {entity!r} among them; give options, or more "
+                f"{where}: options {options}; want 2 to 4 different texts, {entity!r} among them; give options, or more "
                 f"entities of category {r['category']!r}"
             )
         image = str(folder / r["image"])

@@ -371,7 +371,9 @@ def test_fgvr_keeps_given_options_and_says_what_is_wrong(tmp_path):
     (got,) = e.read_fgvr(write_rows(tmp_path / "b.jsonl", [row | {"options": ["Mi", "Lo"], "id": 7}]), 0)
     assert (got["options"], got["category"], got["id"]) == (["Mi", "Lo"], "dog", "7")
     for rows, words in (
-        ([row], "want 2 to 4 different ones"),
+        ([row], "want 2 to 4 different texts"),
+        ([row | {"options": "Lo, Mi"}], "want 2 to 4 different texts"),
+        ([row | {"options": ["Lo", 3]}], "want 2 to 4 different texts"),
         ([row | {"options": ["Mi", "Zo"]}], "'Lo' among them"),
         ([row | {"options": ["Lo", "Lo"]}], "different"),
         ([row | {"options": list("ABCD") + ["Lo"]}], "2 to 4"),
