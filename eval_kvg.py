@@ -1668,7 +1668,7 @@ def read_fgvr(path, seed):
         sound = isinstance(options, list) and all(isinstance(o, str) for o in options)
         if not sound or not 2 <= len(options) <= 4 or len(set(options)) < len(options) or entity not in options:
             raise SystemExit(
-                f"{where}: options {options}; want 2 to 4 different texts, {entity!r} among them; give options, or more "
+                f"{where}: options {options}; want 2 to 4 different texts, {entity!r} among them; give them, or more "
                 f"entities of category {r['category']!r}"
             )
         image = str(folder / r["image"])
