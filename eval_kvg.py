@@ -1,8 +1,9 @@
 """KVG-Bench: answers every case, scores the boxes, and shows pictures, boxes and reasoning together in one HTML page.
 
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
+         --task rec: JSONL like RefCOCO's; --task fgvr: JSONL or a folder category/entity/* of pictures to name
 writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json,
-        compare.html; with --curves: one PNG
+        compare.html; with --gap also choices.jsonl; with --curves one PNG; --task fgvr has no report.html
 
   smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
@@ -10,12 +11,20 @@ writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.js
   8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   compare  python eval_kvg.py --compare runs/eval_sft runs/eval --out runs/eval
   curves   python eval_kvg.py --curves runs/*/metrics.jsonl --out runs/curves.png
+  gap      python eval_kvg.py --bench ... --model ... --out runs/eval --gap --mastery runs/probe/mastery.json
+  spoilt   python eval_kvg.py --bench ... --model ... --out runs/eval_jpeg3 --corrupt jpeg --corrupt_strength 3
 
 A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
 evaluator: the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer
 are no box and score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 %
 intervals that resample images, because questions on one image are not independent; answers of other settings are never
 reused.
+
+--gap (paper v3, App. C.3) asks each case also as a 4-choice question: which entity is the marked object? The paper does
+not say how the object is marked; here the picture is cut to its true box and a small margin, as in filter.py's probe.
+Wrong options are first the entities that the bench asks for on the same image, then others of the category. The form of
+the answer is that of --prompt: after reasoning and in <answer> with r1, else at once. --task fgvr asks the same way
+about whole pictures. The released code's FGVR evaluation cannot run, and its prompt is not published: this one is ours.
 """
 
 import argparse
@@ -32,12 +41,13 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import string
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +59,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 EVAL_PROMPTS = {
     "r1": None,
@@ -59,12 +69,25 @@ EVAL_PROMPTS = {
 }
 CORRECT_IOU = 0.5
 RESAMPLES = 2000
+CORRUPTIONS = {  # --corrupt: unit, and its amount at --corrupt_strength 1 to 5
+    "noise": ("standard deviation of Gaussian noise, of 255", (8, 16, 32, 64, 96)),
+    "color": ("share by which one channel gets brighter and one darker", (0.1, 0.2, 0.3, 0.45, 0.6)),
+    "jpeg": ("JPEG quality", (50, 30, 15, 8, 3)),
+    "blur": ("radius of Gaussian blur in % of the shorter side", (0.4, 0.8, 1.6, 2.8, 4.0)),
+    "seams": ("thin lines and frames at random places, like the borders in composites", (2, 4, 8, 16, 32)),
+}
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--bench", help="KVG-Bench .parquet, or samples.jsonl with boxes")
+    p.add_argument("--bench", help="KVG-Bench .parquet, or samples.jsonl with boxes; of --task rec or fgvr: see --task")
     p.add_argument("--out", help="run folder; an interrupted run is continued, a finished one scored again")
+    p.add_argument(
+        "--task",
+        default="kvg",
+        choices=["kvg", "rec", "fgvr"],
+        help="kvg: find the entity; rec: find what an expression names; fgvr: name the picture, one of four options",
+    )
     p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
     p.add_argument("--predictions", help="score this JSONL (question_id, response) instead of running a model")
     p.add_argument(
@@ -90,14 +113,28 @@ def parse_args(argv=None):
         choices=["auto", "bfloat16", "float32"],
         help="auto: bfloat16 on CUDA, float32 on CPU",
     )
+    # what else is asked
+    p.add_argument("--gap", action="store_true", help="also ask which of 4 entities the marked object is (kvg)")
+    levels = "; ".join(f"{kind}: {unit}: {', '.join(map(str, row))}" for kind, (unit, row) in CORRUPTIONS.items())
+    p.add_argument(
+        "--corrupt",
+        choices=list(CORRUPTIONS),
+        help=f"spoil every picture; boxes stay. At strength 1 to 5, {levels}".replace("%", "%%"),
+    )
+    p.add_argument("--corrupt_strength", type=int, choices=range(1, 6), help="1 to 5 (default: 3)")
     # scores
+    p.add_argument(
+        "--mastery", help="mastery.json of filter.py, or KARL's: accuracy on known and unknown entities (kvg)"
+    )
     p.add_argument(
         "--seen",
         nargs="+",
         default=["aircraft", "car", "reptilia", "bird", "food"],
-        help="categories with training data",
+        help="categories with training data (kvg)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap; decoding is greedy")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the bootstrap, drawn options and --corrupt; decoding is greedy"
+    )
     # run
     p.add_argument("--report_samples", type=int, help="most cases shown in report.html, worst first; default: all")
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
@@ -111,7 +148,16 @@ def parse_args(argv=None):
         )
     if args.max_completion_length < 1 or args.batch_size < 1 or (args.report_samples or 0) < 0 or args.smooth < 1:
         p.error("want --max_completion_length, --batch_size and --smooth >= 1, --report_samples >= 0")
-    args.seen = sorted({c.lower() for c in args.seen})
+    if args.task != "kvg" and (args.gap or args.mastery):
+        p.error(f"--gap and --mastery are about entities in boxes; want --task kvg, not {args.task}")
+    if args.predictions and (args.gap or args.corrupt):
+        p.error("--gap and --corrupt ask a model; want --model, not --predictions")
+    if args.task == "fgvr" and args.prompt not in ("r1", "direct"):
+        p.error(f"--prompt {args.prompt} asks for boxes; want r1 or direct with --task fgvr")
+    if args.corrupt_strength and not args.corrupt:
+        p.error("--corrupt_strength without --corrupt; want both")
+    args.corrupt_strength = args.corrupt_strength or (3 if args.corrupt else None)
+    args.seen = sorted({c.lower() for c in args.seen}) if args.task == "kvg" else []
     return args
 
 
@@ -781,6 +827,91 @@ def box_iou(a, b):
 # <<< shared:answer_format
 
 
+# >>> shared:levels (copy of train_grpo.py)
+# KARL (arXiv 2503.12797 v3): what a model knows of an entity, in five levels, and what that does to its IoU reward
+LEVELS = {  # level: mastery from, s+ (times a hit's IoU), s- (instead of a miss's 0)
+    "completely correct": (0.70, 0.65, -0.6),
+    "mostly correct": (0.45, 0.85, -0.5),
+    "partially correct": (0.30, 1.0, -0.4),
+    "mostly incorrect": (0.10, 1.2, -0.2),
+    "completely incorrect": (0.0, 1.4, 0.0),
+}
+
+
+def level_of(mastery):
+    """Level of a mastery of 0..1."""
+    return next(level for level, (at_least, _, _) in LEVELS.items() if mastery >= at_least)
+
+
+# <<< shared:levels
+
+
+# >>> shared:mastery (copy of train_grpo.py)
+def read_mastery(path):
+    """{entity: level} of mastery.json of filter.py, or of KARL's own, which names the level.
+
+    Errors: one line for a file or an entry that is none.
+    """
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: unreadable ({e}); want mastery.json; make it with filter.py") from None
+    levels = {}
+    for entity, entry in table.items() if isinstance(table, dict) else [("all", table)]:
+        found = entry if isinstance(entry, dict) else {}
+        mastery, level = found.get("mastery"), found.get("knowledge_category")
+        if isinstance(mastery, (int, float)) and 0 <= mastery <= 1:
+            level = level_of(mastery)
+        if level not in LEVELS:
+            raise SystemExit(
+                f"{path} ({entity}): {str(entry)[:80]}; want mastery, 0 to 1, or knowledge_category, one of "
+                f"{', '.join(LEVELS)}; make it with filter.py"
+            )
+        levels[entity] = level
+    return levels
+
+
+# <<< shared:mastery
+
+
+# >>> shared:probe (copy of filter.py)
+def crop(image, bbox_px):
+    """PNG bytes of a box and a margin of 5 % of its sides, within the image."""
+    picture, (x1, y1, x2, y2) = load_image(image), bbox_px
+    dx, dy = 0.05 * (x2 - x1), 0.05 * (y2 - y1)
+    low = max(0, math.floor(x1 - dx)), max(0, math.floor(y1 - dy))
+    high = min(picture.width, math.ceil(x2 + dx)), min(picture.height, math.ceil(y2 + dy))
+    buffer = io.BytesIO()
+    picture.crop((*low, *high)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def draw_options(entity, pools, rng):
+    """The entity at a random place among up to three others, from the first pool (a set) as far as that goes."""
+    options = []
+    for pool in pools:
+        others = sorted(set(pool) - {entity, *options})
+        options += rng.sample(others, min(3 - len(options), len(others)))
+    options.insert(rng.randint(0, len(options)), entity)
+    return options
+
+
+def choice_question(category, options):
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+    return f"Which {category} is this?{listed}\nAnswer with the letter of one option."
+
+
+def chosen_option(text, options):
+    """The option that an answer names, or None: its letter alone, as B, B. or (B), or with that option's own text."""
+    match = re.fullmatch(r"\(([A-D])\)(.*)|([A-D])(?:[.:)](.*))?", text.strip(), re.S)
+    letter, rest = ((match[1] or match[3]), (match[2] or match[4] or "")) if match else ("", "")
+    option = dict(zip("ABCD", options, strict=False)).get(letter)
+    return option if rest.strip() in ("", ".", option, f"{option}.") else None
+
+
+# <<< shared:probe
+
+
 # >>> shared:sampling (copy of train_grpo.py)
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -1096,17 +1227,283 @@ def split_metrics(rows, seed):
             "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
 
 
-def bench_metrics(rows, seen, seed):
+def bench_metrics(rows, seen, seed, score=split_metrics):
     """Metrics of every split and category, and of the completions where their token counts are known."""
-    metrics = {name: split_metrics(part, seed) for name, part in split_rows(rows, seen).items()}
+    metrics = {name: score(part, seed) for name, part in split_rows(rows, seen).items()}
     names = sorted({r["category"] for r in rows}, key=lambda c: (c not in seen, c))
-    metrics["categories"] = {c: split_metrics([r for r in rows if r["category"] == c], seed) for c in names}
+    metrics["categories"] = {c: score([r for r in rows if r["category"] == c], seed) for c in names}
     tokens, ends = ([r[k] for r in rows if r[k] is not None] for k in ("num_tokens", "finished"))
     metrics["completions/mean_length"] = sum(tokens) / len(tokens) if tokens else None
     metrics["completions/clipped_ratio"] = sum(not e for e in ends) / len(ends) if ends else None
     return metrics
 
 
+# ---- choices: which of four entities is it? ----
+def prompt_suffix(prompt, choices):
+    """What follows the question; a question with options asks for a letter instead of a box."""
+    suffix = R1_SUFFIX if prompt == "r1" else EVAL_PROMPTS[prompt]
+    return suffix.replace("bounding box", "letter") if prompt == "r1" and choices else "" if choices else suffix
+
+
+def read_choice(text, options, mode):
+    """The option that an answer names, or None: by its letter, or by its name and nothing else.
+
+    Read from <answer> alone in r1, else from the whole text. A text that is the letter of one and the name of another
+    option is no answer.
+    """
+    region = answer_text(text, "r1" if mode == "r1" else "direct")
+    if region is None:
+        return None
+    bare = region.strip().casefold()
+    found = {o for o in options if o.casefold() in (bare, bare.removesuffix("."))} | {chosen_option(region, options)}
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
+
+
+def score_choices(samples, answers, mode):
+    """One row per case in the bench's order; an answer that names no option has choice None and is wrong."""
+    rows = []
+    for s in samples:
+        answer = answers[s["id"]]
+        choice = read_choice(answer["response"], s["options"], mode)
+        rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"], "options": s["options"],
+                     "response": answer["response"], "choice": choice, "correct": choice == s["entity"],
+                     "num_tokens": answer.get("num_tokens"), "finished": answer.get("finished"),
+                     "image_id": s["image_id"]})  # fmt: skip
+    return rows
+
+
+def choice_metrics(rows, seed):
+    """Accuracy with its interval, parse rate and chance level of choices, 0..1; None for no rows."""
+    if not rows:
+        return None
+    n, correct = len(rows), [float(r["correct"]) for r in rows]
+    return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
+            "parse_rate": sum(r["choice"] is not None for r in rows) / n,
+            "chance": sum(1 / len(r["options"]) for r in rows) / n}  # fmt: skip
+
+
+def choice_table(metrics, seen):
+    """Of --task fgvr; it knows no seen categories."""
+    lines = [
+        (name, m["n"], percent(m["acc"]), interval(m["acc_ci95"]), percent(m["parse_rate"]), percent(m["chance"]))
+        for name, m in {"all": metrics["all"], **metrics["categories"]}.items()
+    ]
+    return markdown(("split", "cases", "accuracy %", "95 % interval", "parsed %", "chance %"), lines)
+
+
+def rival_entities(samples):
+    """({image_id: names}, {category: names}) of all entities that the bench asks for, or lists in its rows."""
+    on_image, of_category = defaultdict(set), defaultdict(set)
+    for s in samples:
+        names = {s["entity"]} | {e["entity"] for e in s["row"].get("entities") or []}
+        on_image[s["image_id"]] |= names - {None}
+        of_category[s["category"]] |= names - {None}
+    return on_image, of_category
+
+
+def choice_cases(samples, seed):
+    """The cases of --gap. Options are drawn from (seed, case): entities of the same image first, then of the category.
+
+    Errors: one line for a case without a name, or without another entity to be told from.
+    """
+    on_image, of_category = rival_entities(samples)
+    cases = []
+    for s in samples:
+        pools = [on_image[s["image_id"]], of_category[s["category"]]]
+        if not s["entity"] or not set().union(*pools) - {s["entity"]}:
+            raise SystemExit(
+                f"{s['id']}: {'no other entity' if s['entity'] else 'no name'} in category {s['category']!r}; want two "
+                "to choose from; leave out --gap, or drop the row"
+            )
+        options = draw_options(s["entity"], pools, random.Random(f"{seed}:gap:{s['id']}"))
+        cases.append(s | {"options": options, "question": choice_question(s["category"], options), "cut": True})
+    return cases
+
+
+GAP_CELLS = {  # (choice right, box right)
+    "both_right": (True, True),
+    "choice_only": (True, False),
+    "box_only": (False, True),
+    "both_wrong": (False, False),
+}
+
+
+def gap_metrics(rows, choices, seen, seed):
+    """{split: counts and shares of the four cells of choice x box, and the metrics of the choices}."""
+    by_id, result = {c["question_id"]: c for c in choices}, {}
+    for name, part in split_rows(rows, seen).items():
+        asked = [by_id[r["question_id"]] for r in part]
+        pairs = Counter((c["correct"], r["correct"]) for c, r in zip(asked, part, strict=True))
+        cells = {k: {"n": pairs[cell], "share": pairs[cell] / len(part)} for k, cell in GAP_CELLS.items() if part}
+        result[name] = {"n": len(part), **cells, "choice": choice_metrics(asked, seed)} if part else None
+    return result
+
+
+# ---- known and unknown entities ----
+def mastery_metrics(rows, levels, seed):
+    """Metrics of the cases by level of their entity: high (KARL: the best three), low (the other two), each level.
+
+    An entity that is not in the file is unrated, and in no level.
+    """
+    by_level = defaultdict(list)
+    for r in rows:
+        by_level[levels.get(r["entity"])].append(r)
+    names = list(LEVELS)
+    groups = {
+        "high": [r for level in names[:3] for r in by_level[level]],
+        "low": [r for level in names[3:] for r in by_level[level]],
+        "unrated": by_level[None],
+    }
+    return {
+        **{name: split_metrics(part, seed) for name, part in groups.items()},
+        "levels": {level: split_metrics(by_level[level], seed) for level in names},
+        "entities": {name: len({r["entity"] for r in part}) for name, part in groups.items()},
+    }
+
+
+# ---- reasoning that contradicts its answer ----
+DENIED = re.compile(r"(?:\b(?:not|no|nor|neither|unlike|than|instead of|cannot be|excludes?)|n't(?: be)?)"
+                    r"(?: (?:an?|the))?\s+(?:<\|object_ref_start\|>)?$", re.I)  # fmt: skip
+SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bcf)(?<!\be\.g)(?<!\bi\.e)[.!?]\s+|\n", re.I)
+
+
+def concluded_names(text, names):
+    """Which of the names, in lower case, the last sentence with a name says; a denied one ("not X") does not count."""
+    by_length = sorted(names, key=len, reverse=True)  # Boeing 747-400 is not Boeing 747
+    pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, by_length))})(?!\w|-\w)", re.I)
+    mentions = list(pattern.finditer(text))
+    claims = [m for m in mentions if not DENIED.search(text[max(0, m.start() - 60) : m.start()])]
+    if not names or not claims:
+        return set()
+    inside = [(m.start(), m.end()) for m in mentions]  # a dot in a name ends no sentence
+    ends = [m.end() for m in SENTENCE_END.finditer(text) if not any(start <= m.start() < end for start, end in inside)]
+    begin = max((end for end in ends if end <= claims[-1].start()), default=0)
+    return {m[0].casefold() for m in claims if m.start() >= begin}
+
+
+def contradicts(row, others):
+    """Whether the text in <think> ends elsewhere than the answer, by rule. None without reasoning or a valid box.
+
+    Its last box has IoU < 0.5 with the answered one, or its last sentence with a name names only `others`: entities of
+    the same image or category, not the target. If the text says "conclusion", what follows is looked at alone, so that
+    a list of all objects before it is no contradiction.
+    """
+    think = "\n".join(re.findall(r"<think>(.*?)</think>", row["response"], re.S)).strip()
+    if not think or not row["pred_bbox_1000"]:
+        return None
+    think = re.split(r"\bconclusion\b", think, flags=re.I)[-1]
+    grid = row["grid"] or (1000, 1000)
+    boxes = [[float(v) for v in re.findall(r"[0-9]+(?:\.[0-9]+)?", m[0])] for m in BOXES.finditer(think)]
+    boxes = [b for b in boxes if len(b) == 4 and b[0] < b[2] and b[1] < b[3]]
+    if boxes:
+        last = [v * 1000 / n for v, n in zip(boxes[-1], (*grid, *grid), strict=True)]
+        if box_iou(last, row["pred_bbox_1000"]) < CORRECT_IOU:
+            return True
+    named = concluded_names(think, others | {row["entity"]}) if others and row["entity"] else set()
+    return bool(named) and row["entity"].casefold() not in named
+
+
+def judged_reasoning(rows, samples, names):
+    """The rows with reasoning_contradicts; without `names` (expressions are none) it is judged by the boxes alone."""
+    on_image, of_category = rival_entities(samples) if names else (defaultdict(set), defaultdict(set))
+    return [
+        r | {"reasoning_contradicts": contradicts(r, on_image[r["image_id"]] | of_category[r["category"]])}
+        for r in rows
+    ]
+
+
+def reasoning_metrics(rows, seed):
+    """How often the reasoning contradicts: among all, correct and wrong answers that have reasoning and a valid box."""
+    judged = [r for r in rows if r["reasoning_contradicts"] is not None]
+    parts = {
+        "all": judged,
+        "correct": [r for r in judged if r["correct"]],
+        "wrong": [r for r in judged if not r["correct"]],
+    }
+    result = {}
+    for name, part in parts.items():
+        values = [float(r["reasoning_contradicts"]) for r in part]
+        result[name] = {"n": len(part), "contradicts": sum(values) / len(part),
+                        "contradicts_ci95": image_bootstrap(values, [r["image_id"] for r in part], seed)
+                        } if part else None  # fmt: skip
+    return result
+
+
+# ---- spoilt pictures ----
+def corrupt(image, kind, strength, seed):
+    """PNG bytes of a picture spoilt at a strength of 1 to 5, in its own size.
+
+    What is drawn depends on the seed (a text) alone: a higher strength is the same pattern, with more of it.
+    """
+    picture, amount = load_image(image), CORRUPTIONS[kind][1][strength - 1]
+    rng = np.random.default_rng(int.from_bytes(hashlib.md5(seed.encode()).digest()[:8], "big"))
+    shorter, data = min(picture.size), io.BytesIO()
+    if kind == "jpeg":
+        picture.save(data, "JPEG", quality=amount)
+        picture, data = load_image(data.getvalue()), io.BytesIO()
+    elif kind == "blur":
+        picture = picture.filter(ImageFilter.GaussianBlur(amount / 100 * shorter))
+    elif kind == "seams":
+        draw, (width, height) = ImageDraw.Draw(picture), picture.size
+        for i in range(amount):
+            grey, thick = (int(rng.integers(256)),) * 3, max(1, round(shorter / 200))
+            (x1, x2), (y1, y2) = (sorted(rng.integers(0, n, 2).tolist()) for n in picture.size)
+            if i % 2:
+                draw.rectangle((x1, y1, x2, y2), outline=grey, width=thick)
+            else:
+                draw.line((x1, 0, x1, height) if rng.random() < 0.5 else (0, y1, width, y1), grey, thick)
+    else:
+        pixels = np.asarray(picture, dtype=np.float32)
+        if kind == "noise":
+            pixels = pixels + rng.normal(0, amount, pixels.shape)
+        else:
+            pixels = pixels * (1 + amount * rng.permutation([1, -1, rng.uniform(-1, 1)]))
+        picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    picture.save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+
+def case_picture(sample, args):
+    """What the model is shown: the image, spoilt by --corrupt; for a question about a box, that box cut out of it."""
+    image = sample["image"]
+    if args.corrupt:
+        image = corrupt(image, args.corrupt, args.corrupt_strength, f"{args.seed}:corrupt:{sample['id']}")
+    if sample.get("cut"):
+        sides = zip(sample["bbox_1000"], image_size(image) * 2, strict=True)
+        image = crop(image, [v * n / 1000 for v, n in sides])
+    return image
+
+
+def mode_tables(metrics):
+    """Tables of --mastery and --gap, and a line about the reasoning, as far as there is something to tell."""
+    text = ""
+    if m := metrics.get("mastery"):
+        named = {"known (top 3 levels)": m["high"], "unknown (bottom 2)": m["low"], **m["levels"]}
+        named["unrated"] = m["unrated"]
+        lines = [
+            (name, p["n"], percent(p["acc"]), interval(p["acc_ci95"]), f"{p['mean_iou']:.3f}", percent(p["parse_rate"]))
+            if p else (name, 0, *"----")
+            for name, p in named.items()
+        ]  # fmt: skip
+        text += "\n" + markdown(("mastery", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
+    if m := metrics.get("gap"):
+        lines = []
+        for name, p in m.items():
+            cells = [f"{p[k]['n']} ({percent(p[k]['share'])} %)" for k in GAP_CELLS] if p else "----"
+            choice = (percent(p["choice"]["acc"]), percent(p["choice"]["parse_rate"])) if p else "--"
+            lines.append((name, p["n"] if p else 0, *cells, *choice))
+        header = ("choice x box", "cases", "both right", "choice right, box wrong", "choice wrong, box right")
+        text += "\n" + markdown((*header, "both wrong", "choice %", "choice parsed %"), lines)
+        if m["all"]["choice"]["parse_rate"] < 0.9:  # no option named counts as wrong
+            text += "\nMany answers name no option: the choices are too low; see choices.jsonl.\n"
+    if (m := metrics.get("reasoning")) and m["all"]:
+        told = [f"{percent(m[k]['contradicts'])} % of {m[k]['n']} {k}" for k in ("correct", "wrong") if m[k]]
+        text += f"\nReasoning that contradicts its answer: {' and '.join(told)} answers.\n"
+    return text
+
+
+# ---- tables and comparison ----
 def percent(value, digits=1):
     return f"{100 * value:.{digits}f}"
 
@@ -1132,14 +1529,15 @@ def metric_lines(metrics, seen):
     def cells(m):
         return m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
 
-    named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen")]
+    named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen") if seen or k == "all"]
     named += [(c, "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
     return [(name, kind, *(cells(m) if m else (0, *"----"))) for name, kind, m in named]
 
 
 def metrics_table(metrics, seen):
     lines = [
-        (name if kind == "split" else f"{name} ({kind})", *rest) for name, kind, *rest in metric_lines(metrics, seen)
+        (name if kind == "split" or not seen else f"{name} ({kind})", *rest)
+        for name, kind, *rest in metric_lines(metrics, seen)
     ]
     return markdown(("split", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
 
@@ -1194,6 +1592,8 @@ def summarize(run, seed):
     rows, splits = [], ("seen", "unseen", "all")
     for path in paths:
         m = json.loads(path.read_text(encoding="utf-8"))
+        if m.get("config", {}).get("task", "kvg") != "kvg":  # another bench, another table
+            continue
         rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"],
                      **{k: m[k] and m[k]["acc"] for k in splits},
                      "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"],
@@ -1224,6 +1624,11 @@ def read_bench(path):
         raise SystemExit(
             f"{path} ({missing[0]}): no box in the answer; want <|box_start|>(x1,y1),(x2,y2)<|box_end|>; mend the row"
         )
+    return checked_cases(path, samples)
+
+
+def checked_cases(path, samples):
+    """The samples, if each id occurs once and every picture is there."""
     if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
         raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
     if missing := [s["image"] for s in samples if isinstance(s["image"], str) and not os.path.isfile(s["image"])]:
@@ -1231,6 +1636,84 @@ def read_bench(path):
             f"{path}: {missing[0]}: no such image; want paths relative to the bench's folder; check the folder"
         )
     return samples
+
+
+def image_size(image):
+    """(width, height) px from the header alone. Errors: one line for what is no image."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
+            return im.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({e}); want an image; mend the row") from None
+
+
+def read_rec(path):
+    """Samples of a JSONL like RefCOCO's; their category is the split, their entity the expression.
+
+    Columns: image; expression, or the whole question; bbox_px (xyxy) or bbox (COCO's x, y, width, height), in pixels of
+    the image; split and id if there are any. A box up to 1 px beyond the image is cut to it: RefCOCO rounds.
+    """
+    samples, size_of = [], lru_cache(maxsize=None)(image_size)
+    for i, r in enumerate(read_jsonl(path, ("image",))):
+        where, expression = f"{path}:{i + 1}", r.get("expression") or r.get("question")
+        if not isinstance(expression, str):
+            raise SystemExit(f"{where}: no expression and no question; want one of them, a text; mend the row")
+        box = r.get("bbox_px", r.get("bbox"))
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+            raise SystemExit(
+                f"{where}: no box; want bbox_px [x1, y1, x2, y2] or bbox [x, y, width, height]; mend the row"
+            )
+        x1, y1, x2, y2 = box if "bbox_px" in r else (box[0], box[1], box[0] + box[2], box[1] + box[3])
+        image = str(Path(path).parent / str(r["image"]))
+        if not os.path.isfile(image):
+            raise SystemExit(f"{where}: {image}: no such image; want a path relative to the bench's folder; check it")
+        width, height = size_of(image)
+        if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
+            key = "bbox_px [x1, y1, x2, y2]" if "bbox_px" in r else "bbox [x, y, width, height]"
+            raise SystemExit(f"{where}: box {box} in an image of {width} x {height} px; want {key} in it; mend the row")
+        sides = zip((x1, y1, x2, y2), (width, height) * 2, strict=True)
+        bbox_1000 = [round(1000 * min(max(v / n, 0), 1), 3) for v, n in sides]
+        question = f"Find and give the bounding box of <|object_ref_start|>{expression}<|object_ref_end|>"
+        samples.append({"id": str(r.get("id", i)), "image": image, "image_id": image, "bbox_1000": bbox_1000,
+                        "question": question if r.get("expression") else expression, "answer": str(bbox_1000),
+                        "entity": expression, "category": str(r.get("split") or "none"), "row": r})  # fmt: skip
+    return checked_cases(path, samples)
+
+
+def read_fgvr(path, seed):
+    """Samples of 4-choice questions: JSONL (image, entity, category, perhaps options and id), or a folder of pictures.
+
+    Options that are not given are the entity and three random others of its category. Source: arXiv 2503.12797.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if folder == Path(path):
+        suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+        found = sorted(p for p in folder.glob("*/*/*") if p.suffix.lower() in suffixes)
+        if not found:
+            raise SystemExit(f"{path}: 0 pictures; want category/entity/*.jpg or .png; check --bench")
+        rows = [{"image": str(p.relative_to(folder)), "entity": p.parts[-2], "category": p.parts[-3]} for p in found]
+    else:
+        rows = read_jsonl(path, ("image", "entity", "category"))
+    names, samples = defaultdict(set), []
+    rows = [r | {k: str(r[k]) for k in ("image", "entity", "category")} for r in rows]
+    for r in rows:
+        names[r["category"]].add(r["entity"])
+    for i, r in enumerate(rows):
+        where, case, entity = f"{path}:{i + 1}", str(r.get("id", r["image"])), r["entity"]
+        others = names[r["category"]]
+        options = r.get("options") or draw_options(entity, [others], random.Random(f"{seed}:fgvr:{case}"))
+        sound = isinstance(options, list) and all(isinstance(o, str) for o in options)
+        if not sound or not 2 <= len(options) <= 4 or len(set(options)) < len(options) or entity not in options:
+            raise SystemExit(
+                f"{where}: options {options}; want 2 to 4 different texts, {entity!r} among them; give them, or more "
+                f"entities of category {r['category']!r}"
+            )
+        image = str(folder / r["image"])
+        samples.append({"id": case, "image": image, "image_id": image, "entity": entity, "options": options,
+                        "category": str(r["category"]).lower(), "answer": entity, "bbox_1000": None,
+                        "question": choice_question(r["category"], options), "row": r})  # fmt: skip
+    return checked_cases(path, samples)
 
 
 def read_foreign_answers(path, samples):
@@ -1258,9 +1741,13 @@ def read_foreign_answers(path, samples):
     return {str(r["question_id"]): r for r in rows}
 
 
-def stored_answers(out):
+def part_prefix(job):
+    return "part-" if job == "predictions" else f"{job}-part-"
+
+
+def stored_answers(out, job="predictions"):
     """{id: row} of an earlier run in this folder, finished or not. The part rows also hold the seconds they took."""
-    paths = [out / "predictions.jsonl", *sorted(out.glob("part-*.jsonl"))]
+    paths = [out / f"{job}.jsonl", *sorted(out.glob(f"{part_prefix(job)}*.jsonl"))]
     return {r["question_id"]: r for path in paths for r in complete_lines(path)}
 
 
@@ -1279,10 +1766,10 @@ def weights_md5(model):
 
 def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
     """Appends the greedy answers to `path`, batch by batch."""
-    suffix, began, scored = EVAL_PROMPTS[args.prompt], time.time(), []
-    suffix = R1_SUFFIX if suffix is None else suffix
+    began, scored, choices = time.time(), [], any("options" in s for s in samples)
+    suffix, found = prompt_suffix(args.prompt, choices), "choice" if choices else "pred_bbox_1000"
     inputs = prefetch(
-        lambda s: chat_inputs(tokenizer, image_processor, s["image"], s["question"] + suffix, style),
+        lambda s: chat_inputs(tokenizer, image_processor, case_picture(s, args), s["question"] + suffix, style),
         samples, args.num_workers, args.batch_size,
     )  # fmt: skip
     for i in range(0, len(samples), args.batch_size):
@@ -1295,11 +1782,12 @@ def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
         answers = {}
         for s, prompt, [(ids, _, finished)] in zip(batch, prompts, rolled, strict=True):
             answer = {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids)}
+            answer |= {"options": s["options"]} if choices else {}
             answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"], "seconds": seconds}
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
-        scored += score_answers(batch, answers, args.prompt)
-        n, parsed = len(scored), sum(r["pred_bbox_1000"] is not None for r in scored)
+        scored += (score_choices if choices else score_answers)(batch, answers, args.prompt)
+        n, parsed = len(scored), sum(r[found] is not None for r in scored)
         correct, cut = sum(r["correct"] for r in scored), sum(not r["finished"] for r in scored)
         length, eta = sum(r["num_tokens"] for r in scored) / n, (time.time() - began) / n * (len(samples) - n) / 60
         print0(
@@ -1665,7 +2153,8 @@ def html_table(header, lines):
 
 def results_panel(metrics, seen):
     """Table of the splits and categories with bars, and why the official accuracy differs, where it is known."""
-    named = [(k, "split", k if k != "all" else "", metrics[k]) for k in ("all", "seen", "unseen")]
+    splits = ("all", "seen", "unseen") if seen else ("all",)
+    named = [(k, "split", k if k != "all" else "", metrics[k]) for k in splits]
     named += [(c, "", "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
     official, lines = "acc_official" in (metrics["all"] or {}), []
     for name, row, kind, m in named:
@@ -1741,8 +2230,8 @@ def calibration_panel(bins):
 
 def report_html(rows, samples, metrics, args):
     """The whole page of one run as text; it refers to no other file."""
-    cases = [(k, label, metrics[k]) for k, label in (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))]
-    heads = ""
+    splits = (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))
+    cases, heads = [(k, label, metrics[k]) for k, label in splits if args.seen or k == "all"], ""
     for k, label, m in cases:
         heads += f'<div class="panel head"><span class="dim">{label}</span>'
         if m:
@@ -1768,11 +2257,14 @@ def report_html(rows, samples, metrics, args):
         if args.model
         else "answers made elsewhere"
     )
+    if args.corrupt:
+        how += f"; pictures spoilt before the model saw them ({args.corrupt}, strength {args.corrupt_strength})"
+    task = "Find the named entity among look-alikes" if args.task == "kvg" else "Find what the expression names"
     rates = {s["id"]: s["row"].get("pass_rate") for s in samples}
     data, pictures = gallery([rows], samples, [name], args.seen, args.report_samples)
     return REPORT_PAGE.substitute(
         title=html.escape(f"{name} on {Path(args.bench).name}"),
-        lead="Find the named entity among look-alikes: a case is correct when the answer holds one valid box that "
+        lead=f"{task}: a case is correct when the answer holds one valid box that "
         f"overlaps the truth with IoU ≥ {CORRECT_IOU}. Prompt “{html.escape(args.prompt)}”, {how}.",
         top=f'<section class="heads">{heads}</section><section class="panel facts">'
         + "".join(f'<div><b>{v}</b><span class="dim">{k}</span></div>' for k, v in facts)
@@ -1790,9 +2282,10 @@ def compare_html(result, folders, bench, seen):
     """
     runs = [read_jsonl(Path(folder) / "predictions.jsonl") for folder in folders]
     config = Path(folders[1]) / "config.json"
-    bench = bench or (json.loads(config.read_text(encoding="utf-8")).get("bench") if config.exists() else None)
+    config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    bench, read = bench or config.get("bench"), read_rec if config.get("task") == "rec" else read_bench
     truth = {r["question_id"]: r["gt_bbox_1000"] for r in runs[1]}
-    samples = read_bench(bench) if bench and os.path.isfile(bench) else []
+    samples = read(bench) if bench and os.path.isfile(bench) else []
     samples = [s for s in samples if truth.get(s["id"]) == s["bbox_1000"]]
     splits = [(k, result[k]) for k in ("all", "seen", "unseen") if result.get(k)]
     widest = max(abs(v) for _, m in splits for v in (*(m["difference_ci95"] or ()), m["difference"], 0.01))
@@ -1886,24 +2379,41 @@ def draw_runs(paths, png_path, smooth):
     return keys
 
 
-def write_results(out, samples, answers, args):
-    """predictions.jsonl (left alone if unchanged), metrics.json, table.md and report.html; returns the table."""
-    rows = score_answers(samples, answers, args.prompt)
+def write_results(out, samples, answers, choices, levels, args):
+    """predictions.jsonl (left alone if unchanged), metrics.json, table.md and report.html; returns the table.
+
+    choices: {id: answer} of --gap, levels: {entity: level} of --mastery; None without.
+    """
+    if args.task == "fgvr":
+        rows = score_choices(samples, answers, args.prompt)
+    else:
+        rows = judged_reasoning(score_answers(samples, answers, args.prompt), samples, names=args.task == "kvg")
     text, path = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), out / "predictions.jsonl"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-    metrics = bench_metrics(rows, args.seen, args.seed)
+    metrics = bench_metrics(rows, args.seen, args.seed, choice_metrics if args.task == "fgvr" else split_metrics)
+    if args.task != "kvg":
+        metrics["seen"] = metrics["unseen"] = None
     seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
     if not seconds and (out / "metrics.json").exists():  # scored again: the speed is that of the first time
         earlier = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
         metrics["completions/per_second"] = earlier["completions/per_second"]
     else:
         metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
+    if levels is not None:
+        metrics["mastery"] = mastery_metrics(rows, levels, args.seed)
+    if choices is not None:
+        asked = score_choices(choice_cases(samples, args.seed), choices, args.prompt)
+        write_text(out / "choices.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in asked))
+        metrics["gap"] = gap_metrics(rows, asked, args.seen, args.seed)
+    if args.task != "fgvr":
+        metrics["reasoning"] = reasoning_metrics(rows, args.seed)
     metrics["config"] = vars(args)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    table = metrics_table(metrics, args.seen)
+    table = (choice_table if args.task == "fgvr" else metrics_table)(metrics, args.seen) + mode_tables(metrics)
     write_text(out / "table.md", table)
-    write_text(out / "report.html", report_html(rows, samples, metrics, args))
+    if args.task != "fgvr":
+        write_text(out / "report.html", report_html(rows, samples, metrics, args))
     return table
 
 
@@ -1938,7 +2448,14 @@ def main():
             + f"eval_kvg: A = {args.compare[0]}, B = {args.compare[1]} -> {out / 'compare.json'}, compare.html"
         )
         return
-    samples = read_bench(args.bench)
+    if args.task == "fgvr":
+        samples = read_fgvr(args.bench, args.seed)
+    else:
+        samples = read_rec(args.bench) if args.task == "rec" else read_bench(args.bench)
+    jobs = {"predictions": samples} | ({"choices": choice_cases(samples, args.seed)} if args.gap else {})
+    levels, choices = read_mastery(args.mastery) if args.mastery else None, None
+    if levels is not None and not any(s["entity"] in levels for s in samples):
+        raise SystemExit(f"{args.mastery}: no entity of {args.bench} is in it; want some; measure them with filter.py")
     if args.predictions:
         answers = read_foreign_answers(args.predictions, samples)
     else:
@@ -1960,7 +2477,9 @@ def main():
                 "smooth",
                 "batch_size",
                 "seen",
-                "seed",
+                "mastery",
+                "gap",  # its answers are stored with their options
+                *(() if args.corrupt or args.task == "fgvr" else ("seed",)),
                 "report_samples",
                 "timeout_minutes",
                 "num_workers",
@@ -1972,24 +2491,28 @@ def main():
 
     if args.model:
         rank, world_size, device = init_dist(args.timeout_minutes)
-        answers = broadcast(stored_answers(out) if rank == 0 else None)
-        todo = [s for s in samples if s["id"] not in answers]
-        print0(
-            f"eval_kvg: {len(samples)} cases, {len(samples) - len(todo)} answered before, "
-            f"{world_size} ranks on {device.type}"
-        )
-        if todo:
+        stored = broadcast({job: stored_answers(out, job) for job in jobs} if rank == 0 else None)
+        todo = {
+            job: [s for s in cases if stored[job].get(s["id"], {"options": "none"}).get("options") != s.get("options")]
+            for job, cases in jobs.items()
+        }
+        count, left = (sum(map(len, cases.values())) for cases in (jobs, todo))
+        print0(f"eval_kvg: {count} cases, {count - left} answered before, {world_size} ranks on {device.type}")
+        if left:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
             model = load_model(args.model, args.dtype, device)
-            mine = todo[rank::world_size]
-            answer_cases(model, tokenizer, image_processor, style, mine, out / f"part-{rank}.jsonl", args)
+            for job, cases in todo.items():
+                path = out / f"{part_prefix(job)}{rank}.jsonl"
+                answer_cases(model, tokenizer, image_processor, style, cases[rank::world_size], path, args)
             dist.barrier()
-            answers = stored_answers(out) if rank == 0 else None
+            stored = {job: stored_answers(out, job) for job in jobs} if rank == 0 else None
+        answers, choices = (stored["predictions"], stored.get("choices")) if rank == 0 else (None, None)
     if rank == 0:
-        table = write_results(out, samples, answers, args)
-        for part in out.glob("part-*.jsonl"):
+        table = write_results(out, samples, answers, choices, levels, args)
+        for part in [p for job in jobs for p in out.glob(f"{part_prefix(job)}*.jsonl")]:
             part.unlink()
-        print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {out / 'report.html'}")
+        page = out / ("table.md" if args.task == "fgvr" else "report.html")
+        print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {page}")
     if dist.is_initialized():
         dist.destroy_process_group()
     leave()

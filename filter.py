@@ -1135,7 +1135,7 @@ def measure(questions, args, out, generations, temperature, score):
     return done, rank
 
 
-# ---- probe: which entities does the model know? ----
+# >>> shared:probe (source)
 def crop(image, bbox_px):
     """PNG bytes of a box and a margin of 5 % of its sides, within the image."""
     picture, (x1, y1, x2, y2) = load_image(image), bbox_px
@@ -1147,6 +1147,33 @@ def crop(image, bbox_px):
     return buffer.getvalue()
 
 
+def draw_options(entity, pools, rng):
+    """The entity at a random place among up to three others, from the first pool (a set) as far as that goes."""
+    options = []
+    for pool in pools:
+        others = sorted(set(pool) - {entity, *options})
+        options += rng.sample(others, min(3 - len(options), len(others)))
+    options.insert(rng.randint(0, len(options)), entity)
+    return options
+
+
+def choice_question(category, options):
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+    return f"Which {category} is this?{listed}\nAnswer with the letter of one option."
+
+
+def chosen_option(text, options):
+    """The option that an answer names, or None: its letter alone, as B, B. or (B), or with that option's own text."""
+    match = re.fullmatch(r"\(([A-D])\)(.*)|([A-D])(?:[.:)](.*))?", text.strip(), re.S)
+    letter, rest = ((match[1] or match[3]), (match[2] or match[4] or "")) if match else ("", "")
+    option = dict(zip("ABCD", options, strict=False)).get(letter)
+    return option if rest.strip() in ("", ".", option, f"{option}.") else None
+
+
+# <<< shared:probe
+
+
+# ---- probe: which entities does the model know? ----
 def probe_questions(samples, args):
     """One question per occurrence of an entity in another source image, at most --max_per_entity of each, in row order.
 
@@ -1168,10 +1195,7 @@ def probe_questions(samples, args):
                 continue
             asked[entity].add(source)
             rng = random.Random(f"{args.seed}:probe:{s['id']}:{entity}")
-            others = sorted(names[s["category"]] - {entity})
-            options = rng.sample(others, min(3, len(others)))
-            options.insert(rng.randint(0, len(options)), entity)
-            listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
+            options = draw_options(entity, [names[s["category"]]], rng)
             questions.append(
                 {
                     "id": f"{s['id']}:{entity}",
@@ -1179,18 +1203,10 @@ def probe_questions(samples, args):
                     "options": options,
                     "image": s["image"],
                     "bbox_px": e["bbox_px"],
-                    "text": f"Which {s['category']} is this?{listed}\nAnswer with the letter of one option.",
+                    "text": choice_question(s["category"], options),
                 }
             )
     return questions
-
-
-def chosen_option(text, options):
-    """The option that an answer names, or None: its letter alone, as B, B. or (B), or with that option's own text."""
-    match = re.fullmatch(r"\(([A-D])\)(.*)|([A-D])(?:[.:)](.*))?", text.strip(), re.S)
-    letter, rest = ((match[1] or match[3]), (match[2] or match[4] or "")) if match else ("", "")
-    option = dict(zip("ABCD", options, strict=False)).get(letter)
-    return option if rest.strip() in ("", ".", option, f"{option}.") else None
 
 
 def probe(samples, args, out):

@@ -1584,11 +1584,11 @@ REWARDS = {"iou": iou_reward, "dense_iou": dense_iou_reward, "binary": binary_re
 
 
 # ---- knowledge ----
-def read_levels(path, samples):
-    """Level of the target of every sample. Reads mastery.json of filter.py, and KARL's own, which names the level.
+# >>> shared:mastery (source)
+def read_mastery(path):
+    """{entity: level} of mastery.json of filter.py, or of KARL's own, which names the level.
 
-    Errors: one line for a file or an entry that is none, and for a target that is not in it: KARL's released code takes
-    such an entity for completely incorrect, without a word.
+    Errors: one line for a file or an entry that is none.
     """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -1606,6 +1606,19 @@ def read_levels(path, samples):
                 f"{', '.join(LEVELS)}; make it with filter.py"
             )
         levels[entity] = level
+    return levels
+
+
+# <<< shared:mastery
+
+
+def read_levels(path, samples):
+    """Level of the target of every sample.
+
+    Errors: one line for a target that is not in the file: KARL's released code takes such an entity for completely
+    incorrect, without a word.
+    """
+    levels = read_mastery(path)
     if missing := sorted({str(s["entity"]) for s in samples} - set(levels)):
         raise SystemExit(
             f"{path}: {len(missing)} entities of the data are not in it, such as {missing[0]!r}; want all; "

@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
         args = eval_kvg.parse_args([*map(str, flags), "--seen", *NAMES["seen"]])
         (out / name).mkdir()
         (out / name / "config.json").write_text(json.dumps(vars(args)))
-        eval_kvg.write_results(out / name, samples, {r["question_id"]: r for r in rows}, args)
+        eval_kvg.write_results(out / name, samples, {r["question_id"]: r for r in rows}, None, None, args)
         rows = eval_kvg.read_jsonl(out / name / "predictions.jsonl")  # a judgement of the reasoning, whoever made it
         rows = [r | {"reasoning_contradicts": {5: True, 6: True, 7: False}.get(i)} for i, r in enumerate(rows)]
         write_rows(out / name / "predictions.jsonl", rows)
