@@ -1,7 +1,8 @@
 """KVG-Bench: answers every case, scores the boxes, and shows pictures, boxes and reasoning together in one HTML page.
 
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
-writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json
+writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json, run.json (speed, paths, all flags);
+        with --compare A B: compare.json
 
   smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
@@ -11,9 +12,9 @@ writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.js
 
 A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
 evaluator: the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer
-are no box and score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 %
-intervals that resample images, because questions on one image are not independent; answers of other settings are never
-reused.
+are no box and score 0 (what the released evaluator says of the same answers is `acc_official`); decoding is greedy; the
+pixel cap is a flag and equal for all models; accuracies come with 95 % intervals that know that questions on one image
+are not independent; answers of other settings are never reused.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,7 +56,8 @@ EVAL_PROMPTS = {
     "json": ", output its bbox coordinates using JSON format.",
 }
 CORRECT_IOU = 0.5
-RESAMPLES = 2000
+# flags that change neither an answer nor a score; they stay out of config.json and metrics.json
+RUN_FLAGS = "out compare summary batch_size num_workers report_samples timeout_minutes seed".split()
 
 
 def parse_args(argv=None):
@@ -91,7 +94,7 @@ def parse_args(argv=None):
         default=["aircraft", "car", "reptilia", "bird", "food"],
         help="categories with training data",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap; decoding is greedy")
+    p.add_argument("--seed", type=int, default=0, help="of the run, for results.json; decoding is greedy")
     # run
     p.add_argument("--report_samples", type=int, default=400, help="most cases shown in report.html, worst first")
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
@@ -1005,33 +1008,138 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
 # <<< shared:rollout
 
 
+# ---- the released evaluator ----
+# What deepperception/eval/evaluate.py of github.com/thunlp/KARL at 01b53d6^ looks for, in this order, in the whole
+# text; written anew so that a text of brackets cannot stall it. Held against it in tests/official_cases.jsonl.
+OFFICIAL_POINTS = r"\((\d*),.*?(\d*)\),\((\d*),(\d*)\)"
+OFFICIAL_PATTERNS = [
+    re.compile(pattern)
+    for pattern in (
+        rf"<answer>.*?{OFFICIAL_POINTS}</answer>",
+        rf"So the answer is.*?{OFFICIAL_POINTS}",
+        OFFICIAL_POINTS,
+        r"\(([^,\n]*),([^)\n]*)\)[^(\n]*\(([^,\n]*),([^)\n]*)\)",  # any text counts as a number here
+        r"\[(\d*), (\d*), (\d*), (\d*)\]",
+        r"\[" + r"((?:(?!, ).)*), " * 3 + r"([^]\n]*)\]",  # here too
+        r"\((\d*), (\d*), (\d*), (\d*)\)",
+        r"\((\d*), (\d*)\)\n?.*?\((\d*), (\d*)\)",
+    )
+]
+
+
+def official_box(text):
+    """(four floats, match, scale): the last find of the first pattern that finds any; match is None if none does.
+
+    What is no number makes it (0, 0, 0, 0), which is also the box of no find; a sum below 4 is scaled by 1000.
+    """
+    for pattern in OFFICIAL_PATTERNS:
+        if matches := list(pattern.finditer(text)):
+            first, *rest = matches[-1].groups()
+            try:
+                box = [float(v) for v in (first.replace("[", "").replace("x", ""), *rest)]
+            except ValueError:
+                box = [0.0] * 4
+            scale = 1000 if sum(box) < 4 else 1
+            return [scale * v for v in box], matches[-1], scale
+    return [0.0] * 4, None, 1
+
+
+def official_iou(box, truth):
+    """IoU in fp32, as there; boxes may be reversed, infinite or no numbers at all."""
+    with np.errstate(all="ignore"):
+        a, b = np.array(box, np.float32), np.array(truth, np.float32)
+        width, height = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
+        areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+        iou = float(width * height / (areas[0] + areas[1] - width * height))
+    return iou if iou > 0 else 0.0  # not a number is 0, too
+
+
+def official_difference(text, mode, grid):
+    """Why the released evaluator may judge an answer otherwise than we do."""
+    box, match, scale = official_box(text)
+    if tuple(grid) != (1000, 1000):
+        return "box in pixels"
+    if match is None:
+        return "notation they do not read"
+    if not any(box):
+        return "numbers in prose"
+    if scale > 1:
+        return "rescaled from 0..1"
+    region, start = answer_text(text, mode), text.find("<answer>")
+    if region is None and 0 <= start < match.start(4):
+        return "not one closed <answer>"
+    if region is None or region != text and not 0 <= match.start(4) - start - len("<answer>") < len(region):
+        return "box outside <answer>"
+    found = {re.sub(r"\s", "", m[0]) for m in BOXES.finditer(region)}
+    if len(found) > 1:
+        return "two boxes, last one taken"
+    if any("." in f for f in found):
+        return "decimals lost"
+    if max(box) > 1000:
+        return "number beyond 0..1000"
+    return "numbers in prose" if parse_bbox(text, mode) else "notation we do not read"
+
+
 # ---- scores ----
 def score_answers(samples, answers, mode):
     """One row per case in the bench's order. An answer without one valid box has pred_bbox_1000 None and IoU 0."""
     rows = []
     for s in samples:
         answer = answers[s["id"]]
-        box = parse_bbox(answer["response"], mode, answer.get("grid") or (1000, 1000))
+        grid = answer.get("grid") or (1000, 1000)
+        box = parse_bbox(answer["response"], mode, grid)
         iou = box_iou(box, s["bbox_1000"]) if box else 0.0
+        plain = re.sub(r"<\|\w+\|>", "", answer["response"])  # its inference decodes without special tokens
+        theirs, match, _ = official_box(plain)
+        their_iou = official_iou(theirs, s["bbox_1000"])
+        differs = (iou >= CORRECT_IOU) != (their_iou >= CORRECT_IOU)
         rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"],
                      "response": answer["response"], "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"],
                      "iou": iou, "correct": iou >= CORRECT_IOU, "num_tokens": answer.get("num_tokens"),
                      "finished": answer.get("finished"), "grid": answer.get("grid"),
-                     "image_id": s["image_id"]})  # fmt: skip
+                     "image_id": s["image_id"], "official_iou": their_iou,
+                     "official_bbox_1000": theirs if match and all(map(math.isfinite, theirs)) else None,
+                     "official_difference": official_difference(plain, mode, grid) if differs else None})  # fmt: skip
     return rows
 
 
-def image_bootstrap(values, image_ids, seed):
-    """95 % percentile interval [lo, hi] of the mean, resampling whole images; None for a single image.
+def image_spread(values, image_ids):
+    """(mean, variance of the mean between images, images, t): t is Student's 97.5 % point at images - 1.
 
-    A resample is a count per image; its mean is a ratio of sums, because images carry different numbers of questions.
+    The mean is a ratio of sums, because images carry different numbers of questions. t is Abramowitz and Stegun
+    26.7.5, off by less than 1 % from 6 images on.
     """
     _, image = np.unique(image_ids, return_inverse=True)
     sums, sizes = np.bincount(image, weights=values), np.bincount(image)
-    if len(sums) < 2:
+    mean, images, z = sums.sum() / sizes.sum(), len(sums), NormalDist().inv_cdf(0.975)
+    free = max(images - 1, 1)
+    variance = ((sums - mean * sizes) ** 2).sum() * images / free / sizes.sum() ** 2
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return float(mean), float(variance), images, t
+
+
+def accuracy_interval(correct, image_ids):
+    """95 % interval [lo, hi] of an accuracy: Wilson's at the effective number of questions; None for a single image.
+
+    The spread between images tells how many independent questions the n are worth, n at most. If all answers are
+    right, or all wrong, it tells nothing: an image counts once then. A percentile bootstrap covers too little with few
+    images or near 0 and 1. Source: Dean and Pagano 2015, J. Survey Stat. Methodol. 3(4), 484 to 503.
+    """
+    p, variance, images, t = image_spread(correct, image_ids)
+    if images < 2:
         return None
-    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
-    return np.percentile((counts @ sums) / (counts @ sizes), [2.5, 97.5]).tolist()
+    effective = min(len(correct), p * (1 - p) / variance) if variance > 0 else images
+    middle = p + t * t / (2 * effective)
+    half = t * math.sqrt(p * (1 - p) / effective + (t / (2 * effective)) ** 2)
+    low, high = ((middle + side * half) / (1 + t * t / effective) for side in (-1, 1))
+    return [min(p, max(0.0, low)), max(p, min(1.0, high))]  # at 0 and 1 they may be off in the last digit
+
+
+def difference_interval(differences, image_ids):
+    """95 % interval [lo, hi] of a mean of differences in -1..1: Student's t over images; None for a single image."""
+    mean, variance, images, t = image_spread(differences, image_ids)
+    half = t * math.sqrt(variance)
+    return [max(-1.0, mean - half), min(1.0, mean + half)] if images > 1 else None
 
 
 def mcnemar_p(only_a, only_b):
@@ -1049,23 +1157,31 @@ def split_rows(rows, seen):
     }
 
 
-def split_metrics(rows, seed):
-    """Accuracy with its interval, mean IoU and parse rate of some rows, 0..1; None for no rows."""
+def split_metrics(rows):
+    """Accuracy with its interval, the released evaluator's, mean IoU and parse rate, 0..1; None for no rows."""
     if not rows:
         return None
     n, correct = len(rows), [float(r["correct"]) for r in rows]
-    return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
+    return {"n": n, "acc": sum(correct) / n, "acc_official": sum(r["official_iou"] >= CORRECT_IOU for r in rows) / n,
+            "acc_ci95": accuracy_interval(correct, [r["image_id"] for r in rows]),
             "mean_iou": sum(r["iou"] for r in rows) / n,
             "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
 
 
-def bench_metrics(rows, seen, seed):
-    """Metrics of every split and category, and of the completions where their token counts are known."""
-    metrics = {name: split_metrics(part, seed) for name, part in split_rows(rows, seen).items()}
+def bench_metrics(rows, seen):
+    """Metrics of every split and category, and of the completions where their token counts are known.
+
+    A function of the answers alone: equal for any batch size, number of ranks and folder.
+    """
+    metrics = {name: split_metrics(part) for name, part in split_rows(rows, seen).items()}
     names = sorted({r["category"] for r in rows}, key=lambda c: (c not in seen, c))
-    metrics["categories"] = {c: split_metrics([r for r in rows if r["category"] == c], seed) for c in names}
+    metrics["categories"] = {c: split_metrics([r for r in rows if r["category"] == c]) for c in names}
+    reasons = Counter(r["official_difference"] for r in rows if r["official_difference"])
+    metrics["official_differences"] = dict(sorted(reasons.items(), key=lambda kv: (-kv[1], kv[0])))
     tokens, ends = ([r[k] for r in rows if r[k] is not None] for k in ("num_tokens", "finished"))
+    metrics["completions/num_tokens"] = sum(tokens) if tokens else None
     metrics["completions/mean_length"] = sum(tokens) / len(tokens) if tokens else None
+    metrics["completions/num_clipped"] = sum(not e for e in ends) if ends else None
     metrics["completions/clipped_ratio"] = sum(not e for e in ends) / len(ends) if ends else None
     return metrics
 
@@ -1090,28 +1206,45 @@ def markdown(header, lines):
 
 
 def metric_lines(metrics, seen):
-    """(name, kind, n, accuracy, interval, mean IoU, parsed) as text: all, seen, unseen, then the categories."""
+    """(name, kind, n, accuracy, interval, official, mean IoU, parsed) as text: the splits, then the categories."""
 
     def cells(m):
-        return m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
+        accuracy = percent(m["acc"]), interval(m["acc_ci95"]), percent(m["acc_official"])
+        return m["n"], *accuracy, f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
 
     named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen")]
     named += [(c, "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
-    return [(name, kind, *(cells(m) if m else (0, *"----"))) for name, kind, m in named]
+    return [(name, kind, *(cells(m) if m else (0, *"-----"))) for name, kind, m in named]
 
 
 def metrics_table(metrics, seen):
     lines = [
         (name if kind == "split" else f"{name} ({kind})", *rest) for name, kind, *rest in metric_lines(metrics, seen)
     ]
-    return markdown(("split", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
+    return markdown(("split", "cases", "accuracy %", "95 % interval", "official %", "mean IoU", "parsed %"), lines)
 
 
-def compare_runs(a, b, seen, seed):
+def closing_lines(metrics, speed):
+    """What a run says below its table: where the released evaluator differs, tokens, answers cut off, speed."""
+    counts, known = metrics["official_differences"], []
+    if metrics["completions/num_tokens"] is not None:
+        known.append(f"{metrics['completions/num_tokens']:,} tokens")
+    if metrics["completions/num_clipped"] is not None:
+        known.append(f"{metrics['completions/num_clipped']} answers cut off")
+    if speed:
+        known.append(f"{speed['cases_per_second']:.2f} cases/s, {speed['tokens_per_second']:.0f} tokens/s")
+    differs = ", ".join(f"{n} {why}" for why, n in counts.items())
+    return (
+        f"judged otherwise by the released evaluator: {sum(counts.values())} cases{f' ({differs})' * bool(differs)}\n"
+        + f"{', '.join(known)}\n" * bool(known)
+    )
+
+
+def compare_runs(a, b, seen):
     """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on one bench.
 
-    The interval resamples images; the p-value takes questions as independent and is a little small where images have
-    several.
+    The interval knows which questions share an image; the p-value takes all as independent and is a little small where
+    images have several.
     """
     columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
     runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
@@ -1131,7 +1264,7 @@ def compare_runs(a, b, seen, seed):
         differences, images = [float(y) - x for x, y in pairs], [r["image_id"] for r in rows]
         result[name] = {"n": n, "acc_a": (both + only_a) / n, "acc_b": (both + only_b) / n,
                         "difference": (only_b - only_a) / n,
-                        "difference_ci95": image_bootstrap(differences, images, seed),
+                        "difference_ci95": difference_interval(differences, images),
                         "only_a": only_a, "only_b": only_b,
                         "mcnemar_p": mcnemar_p(only_a, only_b)} if n else None  # fmt: skip
     return result
@@ -1222,7 +1355,7 @@ def read_foreign_answers(path, samples):
 
 
 def stored_answers(out):
-    """{id: row} of an earlier run in this folder, finished or not. The part rows also hold the seconds they took."""
+    """{id: row} of an earlier run in this folder, finished or not."""
     paths = [out / "predictions.jsonl", *sorted(out.glob("part-*.jsonl"))]
     return {r["question_id"]: r for path in paths for r in complete_lines(path)}
 
@@ -1258,7 +1391,7 @@ def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
         answers = {}
         for s, prompt, [(ids, _, finished)] in zip(batch, prompts, rolled, strict=True):
             answer = {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids)}
-            answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"], "seconds": seconds}
+            answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"]}
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
         scored += score_answers(batch, answers, args.prompt)
@@ -1381,8 +1514,8 @@ code { font:.85em ui-monospace,Menlo,Consolas,monospace; overflow-wrap:anywhere 
 <span class="dot" style="--c:#8b96a6"></span>no valid box</p></div>
 </section>
 <section class="panel scroll"><h2>Results</h2><table>$table</table>
-<p class="dim">Accuracy and parsed in percent. Intervals: percentile bootstrap over images, $resamples resamples;
-a group with a single image has none.</p></section>
+<p class="dim">Accuracies and parsed in percent; official: what the released evaluator says of the same answers.
+Intervals: Wilson, for questions that share images; a group with a single image has none.</p></section>
 <h2 style="margin:2rem 0 .2rem">Cases, worst first</h2>
 <div class="filters"><label>Category <select id="category"><option value="">all</option>$options</select></label>
 <label><input type="checkbox" id="wrong"> wrong only</label>
@@ -1532,7 +1665,7 @@ def report_html(rows, samples, metrics, args):
         "Find the named entity among look-alikes: a case is correct when the answer holds one valid box that overlaps "
         f"the truth with IoU ≥ 0.5. Prompt “{args.prompt}”, {how}."
     )
-    header = ("split", "cases", "accuracy", "95 % interval", "mean IoU", "parsed")
+    header = ("split", "cases", "accuracy", "95 % interval", "official", "mean IoU", "parsed")
     counted = sorted(Counter(r["category"] for r in shown).items())
     return REPORT_PAGE.substitute(
         title=e(f"{name} on {Path(args.bench).name}"),
@@ -1542,7 +1675,6 @@ def report_html(rows, samples, metrics, args):
         bars="".join(bars),
         histogram=histogram,
         table="<tr>" + "".join(f"<th>{c}</th>" for c in header) + "</tr>" + "".join(lines),
-        resamples=f"{RESAMPLES:,}",
         options="".join(f'<option value="{e(c)}">{e(c)} ({n})</option>' for c, n in counted),
         cards="".join(cards),
         total=len(rows),
@@ -1550,25 +1682,27 @@ def report_html(rows, samples, metrics, args):
     )
 
 
-def write_results(out, samples, answers, args):
-    """predictions.jsonl (left alone if unchanged), metrics.json, table.md and report.html; returns the table."""
+def write_results(out, samples, answers, speed, args):
+    """predictions.jsonl (left alone if unchanged), metrics.json, table.md, run.json and report.html; returns the table.
+
+    `speed`: numbers of the answers made just now, or None; then those of the earlier run are kept.
+    """
     rows = score_answers(samples, answers, args.prompt)
     text, path = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), out / "predictions.jsonl"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-    metrics = bench_metrics(rows, args.seen, args.seed)
-    seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
-    if not seconds and (out / "metrics.json").exists():  # scored again: the speed is that of the first time
-        earlier = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        metrics["completions/per_second"] = earlier["completions/per_second"]
-    else:
-        metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
-    metrics["config"] = vars(args)
+    metrics = bench_metrics(rows, args.seen)
+    elsewhere = (*RUN_FLAGS, "bench", "model", "predictions")  # paths; what they held is in the two md5
+    metrics["config"] = {k: v for k, v in sorted(vars(args).items()) if k not in elsewhere}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     table = metrics_table(metrics, args.seen)
     write_text(out / "table.md", table)
-    write_text(out / "report.html", report_html(rows, samples, metrics, args))
-    return table
+    if not speed and (out / "run.json").exists():
+        speed = json.loads((out / "run.json").read_text(encoding="utf-8"))["speed"]
+    write_text(out / "run.json", json.dumps({"speed": speed, "args": vars(args)}, indent=1) + "\n")
+    each = {"completions/per_second": speed["cases_per_second"] / speed["world_size"] if speed else None}
+    write_text(out / "report.html", report_html(rows, samples, metrics | each, args))
+    return table + closing_lines(metrics, speed)
 
 
 def main():
@@ -1587,7 +1721,7 @@ def main():
         return
     out, rank = Path(args.out), int(os.environ.get("RANK", 0))
     if args.compare:
-        result = compare_runs(*args.compare, args.seen, args.seed)
+        result = compare_runs(*args.compare, args.seen)
         write_text(
             out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n"
         )
@@ -1606,25 +1740,12 @@ def main():
     args.weights_md5 = weights_md5(args.model) if args.model else None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(
-            out,
-            args,
-            ignore=(
-                "out",
-                "compare",
-                "summary",
-                "batch_size",
-                "seen",
-                "seed",
-                "report_samples",
-                "timeout_minutes",
-                "num_workers",
-            ),
-        )
+        same_config(out, args, ignore=(*RUN_FLAGS, "seen"))
     categories = {s["category"] for s in samples}
     if odd := sorted(set(args.seen) - categories):
         print0(f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted(categories))}")
 
+    speed = None
     if args.model:
         rank, world_size, device = init_dist(args.timeout_minutes)
         answers = broadcast(stored_answers(out) if rank == 0 else None)
@@ -1636,12 +1757,16 @@ def main():
         if todo:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
             model = load_model(args.model, args.dtype, device)
-            mine = todo[rank::world_size]
+            mine, since = todo[rank::world_size], time.time()
             answer_cases(model, tokenizer, image_processor, style, mine, out / f"part-{rank}.jsonl", args)
             dist.barrier()
-            answers = stored_answers(out) if rank == 0 else None
+            answers, seconds = stored_answers(out) if rank == 0 else {}, time.time() - since
+            tokens = sum(answers[s["id"]]["num_tokens"] for s in todo if rank == 0)
+            speed = {"cases": len(todo), "seconds": seconds, "cases_per_second": len(todo) / seconds, "tokens": tokens,
+                     "tokens_per_second": tokens / seconds, "world_size": world_size,
+                     "device": device.type}  # fmt: skip
     if rank == 0:
-        table = write_results(out, samples, answers, args)
+        table = write_results(out, samples, answers, speed, args)
         for part in out.glob("part-*.jsonl"):
             part.unlink()
         print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {out / 'report.html'}")
