@@ -2,8 +2,9 @@
 
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
          --task rec: JSONL like RefCOCO's; --task fgvr: JSONL or a folder category/entity/* of pictures to name
-writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json; with --compare A B: compare.json,
-        compare.html; with --gap also choices.jsonl; with --curves one PNG; --task fgvr has no report.html
+writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json, run.json (speed, paths, all flags);
+        with --compare A B: compare.json, compare.html; with --gap also choices.jsonl; with --curves one PNG;
+        --task fgvr has no report.html
 
   smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
@@ -16,9 +17,9 @@ writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.js
 
 A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
 evaluator: the parser is the one that training rewards, so a box in the reasoning alone, two boxes or a cut-off answer
-are no box and score 0; decoding is greedy; the pixel cap is a flag and equal for all models; accuracies come with 95 %
-intervals that resample images, because questions on one image are not independent; answers of other settings are never
-reused.
+are no box and score 0 (what the released evaluator says of the same answers is `acc_official`); decoding is greedy; the
+pixel cap is a flag and equal for all models; accuracies come with 95 % intervals that know that questions on one image
+are not independent; answers of other settings are never reused.
 
 --gap (paper v3, App. C.3) asks each case also as a 4-choice question: which entity is the marked object? The paper does
 not say how the object is marked; here the picture is cut to its true box and a small margin, as in filter.py's probe.
@@ -54,6 +55,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +70,6 @@ EVAL_PROMPTS = {
     "json": ", output its bbox coordinates using JSON format.",
 }
 CORRECT_IOU = 0.5
-RESAMPLES = 2000
 CORRUPTIONS = {  # --corrupt: unit, and its amount at --corrupt_strength 1 to 5
     "noise": ("standard deviation of Gaussian noise, of 255", (8, 16, 32, 64, 96)),
     "color": ("share by which one channel gets brighter and one darker", (0.1, 0.2, 0.3, 0.45, 0.6)),
@@ -76,6 +77,8 @@ CORRUPTIONS = {  # --corrupt: unit, and its amount at --corrupt_strength 1 to 5
     "blur": ("radius of Gaussian blur in % of the shorter side", (0.4, 0.8, 1.6, 2.8, 4.0)),
     "seams": ("thin lines and frames at random places, like the borders in composites", (2, 4, 8, 16, 32)),
 }
+# flags that change neither an answer nor a score; they stay out of config.json and metrics.json
+RUN_FLAGS = "out compare summary curves smooth batch_size num_workers report_samples timeout_minutes".split()
 
 
 def parse_args(argv=None):
@@ -132,9 +135,7 @@ def parse_args(argv=None):
         default=["aircraft", "car", "reptilia", "bird", "food"],
         help="categories with training data (kvg)",
     )
-    p.add_argument(
-        "--seed", type=int, default=0, help="of the bootstrap, drawn options and --corrupt; decoding is greedy"
-    )
+    p.add_argument("--seed", type=int, default=0, help="of the run, drawn options and --corrupt; decoding is greedy")
     # run
     p.add_argument("--report_samples", type=int, help="most cases shown in report.html, worst first; default: all")
     p.add_argument("--timeout_minutes", type=float, default=60, help="of a collective operation")
@@ -778,7 +779,7 @@ def timed(seconds, phase):
 # >>> shared:answer_format (copy of train_grpo.py)
 POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
-BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
+BOXES = re.compile(rf"{POINT}(?:\s*,\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
 CANONICAL_JSON = re.compile(r'"bbox_2d":\s*\[\d{1,4}(?:,\s*\d{1,4}){3}\]', re.A)
 THINK_ANSWER = re.compile(
@@ -793,7 +794,7 @@ def answer_text(text, mode="r1"):
     """
     if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
         before, rest = text.split("<answer>")
-        if "</answer>" in rest and before.count("<think>") == before.count("</think>"):
+        if "</answer>" in rest and before.rfind("<think>") <= before.rfind("</think>"):
             return rest.split("</answer>")[0]
     return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
 
@@ -802,8 +803,9 @@ def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
     Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
-    The same box twice is one box. Two boxes, a chain of three points, a number beyond the `grid` (width, height) that
-    the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or clipped.
+    The same box twice is one box. Two boxes, two points without a comma between, a chain of three points, a number
+    beyond the `grid` (width, height) that the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or
+    clipped.
     """
     region = answer_text(text, mode)
     if region is None:
@@ -814,7 +816,8 @@ def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     (box,) = found
     if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
         return None
-    return [int(v) if v == int(v) else v for v in (v * 1000 / n for v, n in zip(box, grid * 2, strict=True))]
+    box = [v if n == 1000 else v * 1000 / n for v, n in zip(box, grid * 2, strict=True)]  # v * 1000 / 1000 may round
+    return [int(v) if v == int(v) else v for v in box]
 
 
 def box_iou(a, b):
@@ -1173,33 +1176,138 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
 # <<< shared:rollout
 
 
+# ---- the released evaluator ----
+# What deepperception/eval/evaluate.py of github.com/thunlp/KARL at 01b53d6^ looks for, in this order, in the whole
+# text; written anew so that a text of brackets cannot stall it. Held against it in tests/official_cases.jsonl.
+OFFICIAL_POINTS = r"\((\d*),.*?(\d*)\),\((\d*),(\d*)\)"
+OFFICIAL_PATTERNS = [
+    re.compile(pattern)
+    for pattern in (
+        rf"<answer>.*?{OFFICIAL_POINTS}</answer>",
+        rf"So the answer is.*?{OFFICIAL_POINTS}",
+        OFFICIAL_POINTS,
+        r"\(([^,\n]*),([^)\n]*)\)[^(\n]*\(([^,\n]*),([^)\n]*)\)",  # any text counts as a number here
+        r"\[(\d*), (\d*), (\d*), (\d*)\]",
+        r"\[" + r"((?:(?!, ).)*), " * 3 + r"([^]\n]*)\]",  # here too
+        r"\((\d*), (\d*), (\d*), (\d*)\)",
+        r"\((\d*), (\d*)\)\n?.*?\((\d*), (\d*)\)",
+    )
+]
+
+
+def official_box(text):
+    """(four floats, match, scale): the last find of the first pattern that finds any; match is None if none does.
+
+    What is no number makes it (0, 0, 0, 0), which is also the box of no find; a sum below 4 is scaled by 1000.
+    """
+    for pattern in OFFICIAL_PATTERNS:
+        if matches := list(pattern.finditer(text)):
+            first, *rest = matches[-1].groups()
+            try:
+                box = [float(v) for v in (first.replace("[", "").replace("x", ""), *rest)]
+            except ValueError:
+                box = [0.0] * 4
+            scale = 1000 if sum(box) < 4 else 1
+            return [scale * v for v in box], matches[-1], scale
+    return [0.0] * 4, None, 1
+
+
+def official_iou(box, truth):
+    """IoU in fp32, as there; boxes may be reversed, infinite or no numbers at all."""
+    with np.errstate(all="ignore"):
+        a, b = np.array(box, np.float32), np.array(truth, np.float32)
+        width, height = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
+        areas = [(c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)]
+        iou = float(width * height / (areas[0] + areas[1] - width * height))
+    return iou if iou > 0 else 0.0  # not a number is 0, too
+
+
+def official_difference(text, mode, grid):
+    """Why the released evaluator may judge an answer otherwise than we do."""
+    box, match, scale = official_box(text)
+    if tuple(grid) != (1000, 1000):
+        return "box in pixels"
+    if match is None:
+        return "notation they do not read"
+    if not any(box):
+        return "numbers in prose"
+    if scale > 1:
+        return "rescaled from 0..1"
+    region, start = answer_text(text, mode), text.find("<answer>")
+    if region is None and 0 <= start < match.start(4):
+        return "not one closed <answer>"
+    if region is None or region != text and not 0 <= match.start(4) - start - len("<answer>") < len(region):
+        return "box outside <answer>"
+    found = {re.sub(r"\s", "", m[0]) for m in BOXES.finditer(region)}
+    if len(found) > 1:
+        return "two boxes, last one taken"
+    if any("." in f for f in found):
+        return "decimals lost"
+    if max(box) > 1000:
+        return "number beyond 0..1000"
+    return "numbers in prose" if parse_bbox(text, mode) else "notation we do not read"
+
+
 # ---- scores ----
 def score_answers(samples, answers, mode):
     """One row per case in the bench's order. An answer without one valid box has pred_bbox_1000 None and IoU 0."""
     rows = []
     for s in samples:
         answer = answers[s["id"]]
-        box = parse_bbox(answer["response"], mode, answer.get("grid") or (1000, 1000))
+        grid = answer.get("grid") or (1000, 1000)
+        box = parse_bbox(answer["response"], mode, grid)
         iou = box_iou(box, s["bbox_1000"]) if box else 0.0
+        plain = re.sub(r"<\|\w+\|>", "", answer["response"])  # its inference decodes without special tokens
+        theirs, match, _ = official_box(plain)
+        their_iou = official_iou(theirs, s["bbox_1000"])
+        differs = (iou >= CORRECT_IOU) != (their_iou >= CORRECT_IOU)
         rows.append({"question_id": s["id"], "category": s["category"], "entity": s["entity"],
                      "response": answer["response"], "pred_bbox_1000": box, "gt_bbox_1000": s["bbox_1000"],
                      "iou": iou, "correct": iou >= CORRECT_IOU, "num_tokens": answer.get("num_tokens"),
                      "finished": answer.get("finished"), "grid": answer.get("grid"),
-                     "image_id": s["image_id"]})  # fmt: skip
+                     "image_id": s["image_id"], "official_iou": their_iou,
+                     "official_bbox_1000": theirs if match and all(map(math.isfinite, theirs)) else None,
+                     "official_difference": official_difference(plain, mode, grid) if differs else None})  # fmt: skip
     return rows
 
 
-def image_bootstrap(values, image_ids, seed):
-    """95 % percentile interval [lo, hi] of the mean, resampling whole images; None for a single image.
+def image_spread(values, image_ids):
+    """(mean, variance of the mean between images, images, t): t is Student's 97.5 % point at images - 1.
 
-    A resample is a count per image; its mean is a ratio of sums, because images carry different numbers of questions.
+    The mean is a ratio of sums, because images carry different numbers of questions. t is Abramowitz and Stegun
+    26.7.5, off by less than 1 % from 6 images on.
     """
     _, image = np.unique(image_ids, return_inverse=True)
     sums, sizes = np.bincount(image, weights=values), np.bincount(image)
-    if len(sums) < 2:
+    mean, images, z = sums.sum() / sizes.sum(), len(sums), NormalDist().inv_cdf(0.975)
+    free = max(images - 1, 1)
+    variance = ((sums - mean * sizes) ** 2).sum() * images / free / sizes.sum() ** 2
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return float(mean), float(variance), images, t
+
+
+def accuracy_interval(correct, image_ids):
+    """95 % interval [lo, hi] of an accuracy: Wilson's at the effective number of questions; None for a single image.
+
+    The spread between images tells how many independent questions the n are worth, n at most. If all answers are
+    right, or all wrong, it tells nothing: an image counts once then. A percentile bootstrap covers too little with few
+    images or near 0 and 1. Source: Dean and Pagano 2015, J. Survey Stat. Methodol. 3(4), 484 to 503.
+    """
+    p, variance, images, t = image_spread(correct, image_ids)
+    if images < 2:
         return None
-    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
-    return np.percentile((counts @ sums) / (counts @ sizes), [2.5, 97.5]).tolist()
+    effective = min(len(correct), p * (1 - p) / variance) if variance > 0 else images
+    middle = p + t * t / (2 * effective)
+    half = t * math.sqrt(p * (1 - p) / effective + (t / (2 * effective)) ** 2)
+    low, high = ((middle + side * half) / (1 + t * t / effective) for side in (-1, 1))
+    return [min(p, max(0.0, low)), max(p, min(1.0, high))]  # at 0 and 1 they may be off in the last digit
+
+
+def difference_interval(differences, image_ids):
+    """95 % interval [lo, hi] of a mean of differences in -1..1: Student's t over images; None for a single image."""
+    mean, variance, images, t = image_spread(differences, image_ids)
+    half = t * math.sqrt(variance)
+    return [max(-1.0, mean - half), min(1.0, mean + half)] if images > 1 else None
 
 
 def mcnemar_p(only_a, only_b):
@@ -1217,23 +1325,31 @@ def split_rows(rows, seen):
     }
 
 
-def split_metrics(rows, seed):
-    """Accuracy with its interval, mean IoU and parse rate of some rows, 0..1; None for no rows."""
+def split_metrics(rows):
+    """Accuracy with its interval, the released evaluator's, mean IoU and parse rate, 0..1; None for no rows."""
     if not rows:
         return None
     n, correct = len(rows), [float(r["correct"]) for r in rows]
-    return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
+    return {"n": n, "acc": sum(correct) / n, "acc_official": sum(r["official_iou"] >= CORRECT_IOU for r in rows) / n,
+            "acc_ci95": accuracy_interval(correct, [r["image_id"] for r in rows]),
             "mean_iou": sum(r["iou"] for r in rows) / n,
             "parse_rate": sum(r["pred_bbox_1000"] is not None for r in rows) / n}  # fmt: skip
 
 
-def bench_metrics(rows, seen, seed, score=split_metrics):
-    """Metrics of every split and category, and of the completions where their token counts are known."""
-    metrics = {name: score(part, seed) for name, part in split_rows(rows, seen).items()}
+def bench_metrics(rows, seen, score=split_metrics):
+    """Metrics of every split and category, and of the completions where their token counts are known.
+
+    A function of the answers alone: equal for any batch size, number of ranks and folder.
+    """
+    metrics = {name: score(part) for name, part in split_rows(rows, seen).items()}
     names = sorted({r["category"] for r in rows}, key=lambda c: (c not in seen, c))
-    metrics["categories"] = {c: score([r for r in rows if r["category"] == c], seed) for c in names}
+    metrics["categories"] = {c: score([r for r in rows if r["category"] == c]) for c in names}
+    reasons = Counter(r["official_difference"] for r in rows if r.get("official_difference"))
+    metrics["official_differences"] = dict(sorted(reasons.items(), key=lambda kv: (-kv[1], kv[0])))
     tokens, ends = ([r[k] for r in rows if r[k] is not None] for k in ("num_tokens", "finished"))
+    metrics["completions/num_tokens"] = sum(tokens) if tokens else None
     metrics["completions/mean_length"] = sum(tokens) / len(tokens) if tokens else None
+    metrics["completions/num_clipped"] = sum(not e for e in ends) if ends else None
     metrics["completions/clipped_ratio"] = sum(not e for e in ends) / len(ends) if ends else None
     return metrics
 
@@ -1273,12 +1389,12 @@ def score_choices(samples, answers, mode):
     return rows
 
 
-def choice_metrics(rows, seed):
+def choice_metrics(rows):
     """Accuracy with its interval, parse rate and chance level of choices, 0..1; None for no rows."""
     if not rows:
         return None
     n, correct = len(rows), [float(r["correct"]) for r in rows]
-    return {"n": n, "acc": sum(correct) / n, "acc_ci95": image_bootstrap(correct, [r["image_id"] for r in rows], seed),
+    return {"n": n, "acc": sum(correct) / n, "acc_ci95": accuracy_interval(correct, [r["image_id"] for r in rows]),
             "parse_rate": sum(r["choice"] is not None for r in rows) / n,
             "chance": sum(1 / len(r["options"]) for r in rows) / n}  # fmt: skip
 
@@ -1329,19 +1445,19 @@ GAP_CELLS = {  # (choice right, box right)
 }
 
 
-def gap_metrics(rows, choices, seen, seed):
+def gap_metrics(rows, choices, seen):
     """{split: counts and shares of the four cells of choice x box, and the metrics of the choices}."""
     by_id, result = {c["question_id"]: c for c in choices}, {}
     for name, part in split_rows(rows, seen).items():
         asked = [by_id[r["question_id"]] for r in part]
         pairs = Counter((c["correct"], r["correct"]) for c, r in zip(asked, part, strict=True))
         cells = {k: {"n": pairs[cell], "share": pairs[cell] / len(part)} for k, cell in GAP_CELLS.items() if part}
-        result[name] = {"n": len(part), **cells, "choice": choice_metrics(asked, seed)} if part else None
+        result[name] = {"n": len(part), **cells, "choice": choice_metrics(asked)} if part else None
     return result
 
 
 # ---- known and unknown entities ----
-def mastery_metrics(rows, levels, seed):
+def mastery_metrics(rows, levels):
     """Metrics of the cases by level of their entity: high (KARL: the best three), low (the other two), each level.
 
     An entity that is not in the file is unrated, and in no level.
@@ -1356,8 +1472,8 @@ def mastery_metrics(rows, levels, seed):
         "unrated": by_level[None],
     }
     return {
-        **{name: split_metrics(part, seed) for name, part in groups.items()},
-        "levels": {level: split_metrics(by_level[level], seed) for level in names},
+        **{name: split_metrics(part) for name, part in groups.items()},
+        "levels": {level: split_metrics(by_level[level]) for level in names},
         "entities": {name: len({r["entity"] for r in part}) for name, part in groups.items()},
     }
 
@@ -1413,7 +1529,7 @@ def judged_reasoning(rows, samples, names):
     ]
 
 
-def reasoning_metrics(rows, seed):
+def reasoning_metrics(rows):
     """How often the reasoning contradicts: among all, correct and wrong answers that have reasoning and a valid box."""
     judged = [r for r in rows if r["reasoning_contradicts"] is not None]
     parts = {
@@ -1425,7 +1541,7 @@ def reasoning_metrics(rows, seed):
     for name, part in parts.items():
         values = [float(r["reasoning_contradicts"]) for r in part]
         result[name] = {"n": len(part), "contradicts": sum(values) / len(part),
-                        "contradicts_ci95": image_bootstrap(values, [r["image_id"] for r in part], seed)
+                        "contradicts_ci95": accuracy_interval(values, [r["image_id"] for r in part])
                         } if part else None  # fmt: skip
     return result
 
@@ -1524,14 +1640,15 @@ def markdown(header, lines):
 
 
 def metric_lines(metrics, seen):
-    """(name, kind, n, accuracy, interval, mean IoU, parsed) as text: all, seen, unseen, then the categories."""
+    """(name, kind, n, accuracy, interval, official, mean IoU, parsed) as text: the splits, then the categories."""
 
     def cells(m):
-        return m["n"], percent(m["acc"]), interval(m["acc_ci95"]), f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
+        accuracy = percent(m["acc"]), interval(m["acc_ci95"]), percent(m["acc_official"])
+        return m["n"], *accuracy, f"{m['mean_iou']:.3f}", percent(m["parse_rate"])
 
     named = [(k, "split", metrics[k]) for k in ("all", "seen", "unseen") if seen or k == "all"]
     named += [(c, "seen" if c in seen else "unseen", m) for c, m in metrics["categories"].items()]
-    return [(name, kind, *(cells(m) if m else (0, *"----"))) for name, kind, m in named]
+    return [(name, kind, *(cells(m) if m else (0, *"-----"))) for name, kind, m in named]
 
 
 def metrics_table(metrics, seen):
@@ -1539,14 +1656,30 @@ def metrics_table(metrics, seen):
         (name if kind == "split" or not seen else f"{name} ({kind})", *rest)
         for name, kind, *rest in metric_lines(metrics, seen)
     ]
-    return markdown(("split", "cases", "accuracy %", "95 % interval", "mean IoU", "parsed %"), lines)
+    return markdown(("split", "cases", "accuracy %", "95 % interval", "official %", "mean IoU", "parsed %"), lines)
 
 
-def compare_runs(a, b, seen, seed):
+def closing_lines(metrics, speed):
+    """What a run says below its table: where the released evaluator differs, tokens, answers cut off, speed."""
+    counts, known = metrics["official_differences"], []
+    if metrics["completions/num_tokens"] is not None:
+        known.append(f"{metrics['completions/num_tokens']:,} tokens")
+    if metrics["completions/num_clipped"] is not None:
+        known.append(f"{metrics['completions/num_clipped']} answers cut off")
+    if speed:
+        known.append(f"{speed['cases_per_second']:.2f} cases/s, {speed['tokens_per_second']:.0f} tokens/s")
+    differs = ", ".join(f"{n} {why}" for why, n in counts.items())
+    return (
+        f"judged otherwise by the released evaluator: {sum(counts.values())} cases{f' ({differs})' * bool(differs)}\n"
+        + f"{', '.join(known)}\n" * bool(known)
+    )
+
+
+def compare_runs(a, b, seen):
     """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on one bench.
 
-    The interval resamples images; the p-value takes questions as independent and is a little small where images have
-    several.
+    The interval knows which questions share an image; the p-value takes all as independent and is a little small where
+    images have several.
     """
     columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
     runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
@@ -1566,7 +1699,7 @@ def compare_runs(a, b, seen, seed):
         differences, images = [float(y) - x for x, y in pairs], [r["image_id"] for r in rows]
         result[name] = {"n": n, "acc_a": (both + only_a) / n, "acc_b": (both + only_b) / n,
                         "difference": (only_b - only_a) / n,
-                        "difference_ci95": image_bootstrap(differences, images, seed),
+                        "difference_ci95": difference_interval(differences, images),
                         "only_a": only_a, "only_b": only_b,
                         "mcnemar_p": mcnemar_p(only_a, only_b)} if n else None  # fmt: skip
     return result
@@ -1746,7 +1879,7 @@ def part_prefix(job):
 
 
 def stored_answers(out, job="predictions"):
-    """{id: row} of an earlier run in this folder, finished or not. The part rows also hold the seconds they took."""
+    """{id: row} of an earlier run in this folder, finished or not."""
     paths = [out / f"{job}.jsonl", *sorted(out.glob(f"{part_prefix(job)}*.jsonl"))]
     return {r["question_id"]: r for path in paths for r in complete_lines(path)}
 
@@ -1783,7 +1916,7 @@ def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
         for s, prompt, [(ids, _, finished)] in zip(batch, prompts, rolled, strict=True):
             answer = {"question_id": s["id"], "response": completion_text(tokenizer, ids), "num_tokens": len(ids)}
             answer |= {"options": s["options"]} if choices else {}
-            answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"], "seconds": seconds}
+            answers[s["id"]] = answer | {"finished": finished, "grid": prompt["grid"]}
         with open(path, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers.values()))
         scored += (score_choices if choices else score_answers)(batch, answers, args.prompt)
@@ -2174,7 +2307,7 @@ def results_panel(metrics, seen):
               f"The two differ in {sum(reasons.values())} cases ({counts}).</p>"  # fmt: skip
     return (f'<section class="panel"><h2>Results</h2>{html_table(header, lines)}{why}'
             f'<p class="dim"><span class="dot seen"></span>seen in training &nbsp; <span class="dot unseen"></span>'
-            f"unseen &nbsp; whiskers: 95 %, {RESAMPLES:,} resamples of whole images; a single image has none</p>"
+            f"unseen &nbsp; whiskers: 95 %, knowing which questions share an image; a single image has none</p>"
             "</section>")  # fmt: skip
 
 
@@ -2199,14 +2332,14 @@ def histogram_panel(rows):
             "</section>")  # fmt: skip
 
 
-def pass_rate_bins(rows, rates, seed):
+def pass_rate_bins(rows, rates):
     """[(mean pass rate, split_metrics)] of the cases with a pass rate: per value if these are few, else in 5 bins."""
     rows = [r for r in rows if rates.get(r["question_id"]) is not None]
     values, bins = {rates[r["question_id"]] for r in rows}, {}
     for r in rows:
         rate = rates[r["question_id"]]
         bins.setdefault(rate if len(values) < 10 else min(int(rate * 5), 4), []).append(r)
-    return [(sum(rates[r["question_id"]] for r in b) / len(b), split_metrics(b, seed)) for _, b in sorted(bins.items())]
+    return [(sum(rates[r["question_id"]] for r in b) / len(b), split_metrics(b)) for _, b in sorted(bins.items())]
 
 
 def calibration_panel(bins):
@@ -2269,7 +2402,7 @@ def report_html(rows, samples, metrics, args):
         top=f'<section class="heads">{heads}</section><section class="panel facts">'
         + "".join(f'<div><b>{v}</b><span class="dim">{k}</span></div>' for k, v in facts)
         + f'</section>{results_panel(metrics, args.seen)}<div class="two">{histogram_panel(rows)}'
-        + f"{calibration_panel(pass_rate_bins(rows, rates, args.seed))}</div>",
+        + f"{calibration_panel(pass_rate_bins(rows, rates))}</div>",
         data=data,
         pictures=pictures,
     )
@@ -2316,7 +2449,7 @@ def compare_html(result, folders, bench, seen):
         lead=f"A = {a}, B = {b}: two runs on the same cases.{note}",
         top=f'<section class="heads">{heads}</section><section class="panel"><h2>Difference in accuracy</h2>'
         f'{html_table(header, lines)}<p class="dim">In points; the line in the middle is no difference. Intervals '
-        "resample whole images; p-values ask whether the two runs could be equally good.</p></section>",
+        "know which questions share an image; p-values ask whether the two runs could be equally good.</p></section>",
         data=data,
         pictures=pictures,
     )
@@ -2379,10 +2512,17 @@ def draw_runs(paths, png_path, smooth):
     return keys
 
 
-def write_results(out, samples, answers, choices, levels, args):
-    """predictions.jsonl (left alone if unchanged), metrics.json, table.md and report.html; returns the table.
+def free_flags(args):
+    """Flags that change neither an answer nor a score; answers of --gap are stored with their options."""
+    drawn = args.corrupt or args.task == "fgvr"
+    return (*RUN_FLAGS, "mastery", "gap", *(() if drawn else ("seed",)))
 
-    choices: {id: answer} of --gap, levels: {entity: level} of --mastery; None without.
+
+def write_results(out, samples, answers, choices, levels, speed, args):
+    """predictions.jsonl (left alone if unchanged), metrics.json, table.md, run.json and report.html; returns the table.
+
+    choices: {id: answer} of --gap, levels: {entity: level} of --mastery; None without. speed: numbers of the answers
+    made just now, or None; then those of the earlier run are kept.
     """
     if args.task == "fgvr":
         rows = score_choices(samples, answers, args.prompt)
@@ -2391,30 +2531,28 @@ def write_results(out, samples, answers, choices, levels, args):
     text, path = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), out / "predictions.jsonl"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-    metrics = bench_metrics(rows, args.seen, args.seed, choice_metrics if args.task == "fgvr" else split_metrics)
+    metrics = bench_metrics(rows, args.seen, choice_metrics if args.task == "fgvr" else split_metrics)
     if args.task != "kvg":
         metrics["seen"] = metrics["unseen"] = None
-    seconds = [a["seconds"] for a in answers.values() if args.model and "seconds" in a]
-    if not seconds and (out / "metrics.json").exists():  # scored again: the speed is that of the first time
-        earlier = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        metrics["completions/per_second"] = earlier["completions/per_second"]
-    else:
-        metrics["completions/per_second"] = len(seconds) / sum(seconds) if seconds else None
     if levels is not None:
-        metrics["mastery"] = mastery_metrics(rows, levels, args.seed)
+        metrics["mastery"] = mastery_metrics(rows, levels)
     if choices is not None:
         asked = score_choices(choice_cases(samples, args.seed), choices, args.prompt)
         write_text(out / "choices.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in asked))
-        metrics["gap"] = gap_metrics(rows, asked, args.seen, args.seed)
+        metrics["gap"] = gap_metrics(rows, asked, args.seen)
     if args.task != "fgvr":
-        metrics["reasoning"] = reasoning_metrics(rows, args.seed)
-    metrics["config"] = vars(args)
+        metrics["reasoning"] = reasoning_metrics(rows)
+    elsewhere = (*free_flags(args), "bench", "model", "predictions")  # paths; what they held is in the two md5
+    metrics["config"] = {k: v for k, v in sorted(vars(args).items()) if k not in elsewhere}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     table = (choice_table if args.task == "fgvr" else metrics_table)(metrics, args.seen) + mode_tables(metrics)
     write_text(out / "table.md", table)
+    if not speed and (out / "run.json").exists():
+        speed = json.loads((out / "run.json").read_text(encoding="utf-8"))["speed"]
+    write_text(out / "run.json", json.dumps({"speed": speed, "args": vars(args)}, indent=1) + "\n")
     if args.task != "fgvr":
         write_text(out / "report.html", report_html(rows, samples, metrics, args))
-    return table
+    return table + closing_lines(metrics, speed)
 
 
 def main():
@@ -2438,7 +2576,7 @@ def main():
         print0(f"eval_kvg: {len(keys)} metrics of {len(args.curves)} runs ({', '.join(keys[:4])}, ...) -> {path}")
         return
     if args.compare:
-        result = compare_runs(*args.compare, args.seen, args.seed)
+        result = compare_runs(*args.compare, args.seen)
         write_text(
             out / "compare.json", json.dumps({"a": args.compare[0], "b": args.compare[1], **result}, indent=1) + "\n"
         )
@@ -2466,29 +2604,12 @@ def main():
     args.weights_md5 = weights_md5(args.model) if args.model else None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        same_config(
-            out,
-            args,
-            ignore=(
-                "out",
-                "compare",
-                "summary",
-                "curves",
-                "smooth",
-                "batch_size",
-                "seen",
-                "mastery",
-                "gap",  # its answers are stored with their options
-                *(() if args.corrupt or args.task == "fgvr" else ("seed",)),
-                "report_samples",
-                "timeout_minutes",
-                "num_workers",
-            ),
-        )
+        same_config(out, args, ignore=(*free_flags(args), "seen"))
     categories = {s["category"] for s in samples}
     if odd := sorted(set(args.seen) - categories):
         print0(f"note: --seen {' '.join(odd)}: not in {args.bench}, which has {' '.join(sorted(categories))}")
 
+    speed = None
     if args.model:
         rank, world_size, device = init_dist(args.timeout_minutes)
         stored = broadcast({job: stored_answers(out, job) for job in jobs} if rank == 0 else None)
@@ -2501,14 +2622,21 @@ def main():
         if left:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
             model = load_model(args.model, args.dtype, device)
+            since = time.time()
             for job, cases in todo.items():
                 path = out / f"{part_prefix(job)}{rank}.jsonl"
                 answer_cases(model, tokenizer, image_processor, style, cases[rank::world_size], path, args)
             dist.barrier()
-            stored = {job: stored_answers(out, job) for job in jobs} if rank == 0 else None
+            seconds = time.time() - since
+            if rank == 0:
+                stored = {job: stored_answers(out, job) for job in jobs}
+                made = [stored[job][s["id"]]["num_tokens"] for job, cases in todo.items() for s in cases]
+                speed = {"cases": len(made), "seconds": seconds, "cases_per_second": len(made) / seconds,
+                         "tokens": sum(made), "tokens_per_second": sum(made) / seconds, "world_size": world_size,
+                         "device": device.type}  # fmt: skip
         answers, choices = (stored["predictions"], stored.get("choices")) if rank == 0 else (None, None)
     if rank == 0:
-        table = write_results(out, samples, answers, choices, levels, args)
+        table = write_results(out, samples, answers, choices, levels, speed, args)
         for part in [p for job in jobs for p in out.glob(f"{part_prefix(job)}*.jsonl")]:
             part.unlink()
         page = out / ("table.md" if args.task == "fgvr" else "report.html")

@@ -1476,7 +1476,7 @@ def print_plan(args):
 # >>> shared:answer_format (source)
 POINT = r"\(\s*[0-9]+(?:\.[0-9]+)?\s*,\s*[0-9]+(?:\.[0-9]+)?\s*\)"
 FOUR = r"[0-9]+(?:\.[0-9]+)?\s*(?:,\s*[0-9]+(?:\.[0-9]+)?\s*){3}"
-BOXES = re.compile(rf"{POINT}(?:\s*,?\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
+BOXES = re.compile(rf"{POINT}(?:\s*,\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 CANONICAL = re.compile(r"\(\d{1,4},\d{1,4}\),\(\d{1,4},\d{1,4}\)", re.A)
 CANONICAL_JSON = re.compile(r'"bbox_2d":\s*\[\d{1,4}(?:,\s*\d{1,4}){3}\]', re.A)
 THINK_ANSWER = re.compile(
@@ -1491,7 +1491,7 @@ def answer_text(text, mode="r1"):
     """
     if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
         before, rest = text.split("<answer>")
-        if "</answer>" in rest and before.count("<think>") == before.count("</think>"):
+        if "</answer>" in rest and before.rfind("<think>") <= before.rfind("</think>"):
             return rest.split("</answer>")[0]
     return None if mode == "r1" or "<answer>" in text or "</answer>" in text else text
 
@@ -1500,8 +1500,9 @@ def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None.
 
     Notations: (x1,y1),(x2,y2) · (x1,y1,x2,y2) · [x1,y1,x2,y2], nested or in JSON too; decimals and spaces allowed.
-    The same box twice is one box. Two boxes, a chain of three points, a number beyond the `grid` (width, height) that
-    the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or clipped.
+    The same box twice is one box. Two boxes, two points without a comma between, a chain of three points, a number
+    beyond the `grid` (width, height) that the model counts in, x1 >= x2 or y1 >= y2: None. Nothing is reordered or
+    clipped.
     """
     region = answer_text(text, mode)
     if region is None:
@@ -1512,7 +1513,8 @@ def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     (box,) = found
     if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
         return None
-    return [int(v) if v == int(v) else v for v in (v * 1000 / n for v, n in zip(box, grid * 2, strict=True))]
+    box = [v if n == 1000 else v * 1000 / n for v, n in zip(box, grid * 2, strict=True)]  # v * 1000 / 1000 may round
+    return [int(v) if v == int(v) else v for v in box]
 
 
 def box_iou(a, b):

@@ -22,7 +22,7 @@ def case(name, entity="Lo", category="bird", image="1.png", **changes):
 
 def scored(entity, correct, image="i", **changes):
     base = {"question_id": entity, "entity": entity, "category": "bird", "image_id": image, "correct": correct}
-    return base | {"iou": float(correct), "pred_bbox_1000": [0, 0, 1, 1]} | changes
+    return base | {"iou": float(correct), "official_iou": float(correct), "pred_bbox_1000": [0, 0, 1, 1]} | changes
 
 
 def test_flags_that_do_not_fit_are_refused_before_anything_is_read(monkeypatch):
@@ -49,7 +49,7 @@ def test_known_and_unknown_follow_karls_split_and_the_unrated_stay_out(tmp_path)
     (tmp_path / "m.json").write_text(json.dumps(table))
     right = [("A", 1), ("A", 0), ("B", 1), ("C", 0), ("D", 1), ("E", 0), ("X", 1), ("X", 1), ("x", 1)]
     rows = [scored(name, bool(hit), str(i)) for i, (name, hit) in enumerate(right)]
-    m = e.mastery_metrics(rows, e.read_mastery(tmp_path / "m.json"), 0)
+    m = e.mastery_metrics(rows, e.read_mastery(tmp_path / "m.json"))
     assert (m["high"]["n"], m["high"]["acc"], m["low"]["n"], m["low"]["acc"]) == (4, 0.5, 2, 0.5)
     assert (m["unrated"]["n"], m["unrated"]["acc"]) == (3, 1.0) and m["entities"] == {"high": 3, "low": 2, "unrated": 2}
     assert [m["levels"][level]["n"] for level in e.LEVELS] == [2, 1, 1, 1, 1]
@@ -99,12 +99,12 @@ def test_the_two_by_two_table_counts_every_case_once():
     rows = [scored(str(i), bool(box), category="bird" if i else "dog") for i, (_, box) in enumerate(pairs)]
     choices = [{"question_id": str(i), "correct": bool(c), "choice": "A" if i < 9 else None, "options": list("ABCD"),
                 "image_id": str(i)} for i, (c, _) in enumerate(pairs)]  # fmt: skip
-    gap = e.gap_metrics(rows, choices[::-1], ["bird"], 0)
+    gap = e.gap_metrics(rows, choices[::-1], ["bird"])
     assert [gap["all"][k]["n"] for k in e.GAP_CELLS] == [3, 2, 1, 4] and gap["all"]["choice_only"]["share"] == 0.2
     assert [gap["seen"][k]["n"] for k in e.GAP_CELLS] == [2, 2, 1, 4] and gap["unseen"]["both_right"]["n"] == 1
     assert (gap["all"]["choice"]["acc"], gap["all"]["choice"]["parse_rate"], gap["all"]["choice"]["chance"]) == (
         0.5, 0.9, 0.25)  # fmt: skip
-    assert e.gap_metrics(rows, choices, ["bird", "dog"], 0)["unseen"] is None
+    assert e.gap_metrics(rows, choices, ["bird", "dog"])["unseen"] is None
     assert "name no option" not in e.mode_tables({"gap": gap}), "9 of 10 do"
     gap["all"]["choice"]["parse_rate"] = 0.8
     assert "Many answers name no option" in e.mode_tables({"gap": gap})
@@ -343,11 +343,11 @@ def test_the_rates_are_told_among_correct_and_wrong_answers(samples):  # noqa: F
     rows = e.score_answers(samples[:4], {s["id"]: {"response": t} for s, t in zip(samples, texts, strict=False)}, "r1")
     rows = e.judged_reasoning(rows, samples, names=True)
     assert [r["reasoning_contradicts"] for r in rows] == [False, True, False, None]
-    metrics = e.reasoning_metrics(rows, 0)
+    metrics = e.reasoning_metrics(rows)
     told = {k: (m["n"], m["contradicts"]) for k, m in metrics.items()}
     assert told == {"all": (3, pytest.approx(1 / 3)), "correct": (2, 0.5), "wrong": (1, 0.0)}
     assert "50.0 % of 2 correct and 0.0 % of 1 wrong" in e.mode_tables({"reasoning": metrics})
-    assert e.reasoning_metrics(rows[3:], 0) == {"all": None, "correct": None, "wrong": None}
+    assert e.reasoning_metrics(rows[3:]) == {"all": None, "correct": None, "wrong": None}
     assert not any(r["reasoning_contradicts"] for r in e.judged_reasoning(rows, samples, names=False))
 
 

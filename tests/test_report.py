@@ -57,12 +57,12 @@ def folder(tmp_path_factory):
         args = eval_kvg.parse_args([*map(str, flags), "--seen", *NAMES["seen"]])
         (out / name).mkdir()
         (out / name / "config.json").write_text(json.dumps(vars(args)))
-        eval_kvg.write_results(out / name, samples, {r["question_id"]: r for r in rows}, None, None, args)
+        eval_kvg.write_results(out / name, samples, {r["question_id"]: r for r in rows}, None, None, None, args)
         rows = eval_kvg.read_jsonl(out / name / "predictions.jsonl")  # a judgement of the reasoning, whoever made it
         rows = [r | {"reasoning_contradicts": {5: True, 6: True, 7: False}.get(i)} for i, r in enumerate(rows)]
         write_rows(out / name / "predictions.jsonl", rows)
         rows[1]["grid"] = [500, 1000]  # this one counts in pixels
-        page = eval_kvg.report_html(rows, samples, eval_kvg.bench_metrics(rows, args.seen, 0), args)
+        page = eval_kvg.report_html(rows, samples, eval_kvg.bench_metrics(rows, args.seen), args)
         (out / name / "judged.html").write_text(page, encoding="utf-8")
     (out / "compare.html").write_text(compare(out, None), encoding="utf-8")
     return out
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 
 def compare(folder, bench):
     folders = (folder / "a", folder / "b")
-    return eval_kvg.compare_html(eval_kvg.compare_runs(*folders, ["bird"], 0), folders, bench, ["bird"])
+    return eval_kvg.compare_html(eval_kvg.compare_runs(*folders, ["bird"]), folders, bench, ["bird"])
 
 
 def embedded(page, name):
@@ -122,13 +122,13 @@ def test_a_picture_shrinks_until_it_fits(tmp_path):
 
 def test_accuracy_is_shown_per_pass_rate(pages):
     rates = {str(i): i % 4 / 4 for i in range(60)}
-    rows = [{"question_id": str(i), "image_id": str(i), "correct": i % 4 == 3, "iou": 0.0, "pred_bbox_1000": None}
+    rows = [{"question_id": str(i), "image_id": str(i), "correct": i % 4 == 3, "iou": 0.0, "official_iou": 0.0, "pred_bbox_1000": None}
             for i in range(60)]  # fmt: skip
-    bins = eval_kvg.pass_rate_bins(rows, rates, 0)
+    bins = eval_kvg.pass_rate_bins(rows, rates)
     assert [(rate, m["n"], m["acc"]) for rate, m in bins] == [(0, 15, 0), (0.25, 15, 0), (0.5, 15, 0), (0.75, 15, 1)]
-    fine = eval_kvg.pass_rate_bins(rows, {k: int(k) / 59 for k in rates}, 0)
+    fine = eval_kvg.pass_rate_bins(rows, {k: int(k) / 59 for k in rates})
     assert [m["n"] for _, m in fine] == [12] * 5 and fine[0][0] == pytest.approx(sum(range(12)) / 12 / 59)
-    assert eval_kvg.pass_rate_bins(rows, dict.fromkeys(rates), 0) == [] and eval_kvg.calibration_panel([]) == ""
+    assert eval_kvg.pass_rate_bins(rows, dict.fromkeys(rates)) == [] and eval_kvg.calibration_panel([]) == ""
     assert pages["b/judged.html"].count('aria-label="pass rate') == 4 and "pass rate 0.25: accuracy" in pages[
         "b/judged.html"]  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_the_compare_page_has_both_runs_and_finds_the_pictures(folder, pages):
     data = embedded(pages["compare.html"], "data")
     assert len(embedded(pages["compare.html"], "pictures")) == 12  # of the bench that config.json names
     assert len(data["names"]) == 2 and {len(c["answers"]) for c in data["cases"]} == {2}
-    result = eval_kvg.compare_runs(folder / "a", folder / "b", ["bird"], 0)["all"]
+    result = eval_kvg.compare_runs(folder / "a", folder / "b", ["bird"])["all"]
     right = [[c["answers"][k]["correct"] for c in data["cases"]] for k in (0, 1)]
     assert (sum(right[0]), sum(right[1])) == (round(60 * result["acc_a"]), round(60 * result["acc_b"])) == (40, 30)
     assert f"<b>{100 * (30 - 40) / 60:+.1f}</b>" in pages["compare.html"]

@@ -49,6 +49,8 @@ def arguments(**changes):
     ("<answer>(1,2),(3,4)</answer><answer>(1,2),(3,4)</answer>", None),
     ("<think><answer>(1,2),(3,4)</answer></think>", None),
     ("<think>(1,2),(3,4)</think> <answer>none</answer>", None),
+    ("<think>so</think> or so</think> <answer>(1,2),(3,4)</answer>", [1, 2, 3, 4]),
+    ("<think>so</think><think>or <answer>(1,2),(3,4)</answer>", None),
     ("</answer>(1,2),(3,4)<answer>", None),
     ("<answer>(١,٢),(٣,٤)</answer>", None),
     ("(1,2),(3,4)", None),
