@@ -1692,7 +1692,7 @@ def write_results(out, samples, answers, speed, args):
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
     metrics = bench_metrics(rows, args.seen)
-    elsewhere = (*RUN_FLAGS, "bench", "model", "predictions")  # paths; what they held is in the two md5
+    elsewhere = (*RUN_FLAGS, "bench", "model", "predictions")  # paths; bench and weights are told by their md5
     metrics["config"] = {k: v for k, v in sorted(vars(args).items()) if k not in elsewhere}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     table = metrics_table(metrics, args.seen)
