@@ -2542,7 +2542,7 @@ def write_results(out, samples, answers, choices, levels, speed, args):
         metrics["gap"] = gap_metrics(rows, asked, args.seen)
     if args.task != "fgvr":
         metrics["reasoning"] = reasoning_metrics(rows)
-    elsewhere = (*free_flags(args), "bench", "model", "predictions")  # paths; what they held is in the two md5
+    elsewhere = (*free_flags(args), "bench", "model", "predictions")  # paths; bench and weights are told by their md5
     metrics["config"] = {k: v for k, v in sorted(vars(args).items()) if k not in elsewhere}
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     table = (choice_table if args.task == "fgvr" else metrics_table)(metrics, args.seen) + mode_tables(metrics)

@@ -122,7 +122,8 @@ def test_a_picture_shrinks_until_it_fits(tmp_path):
 
 def test_accuracy_is_shown_per_pass_rate(pages):
     rates = {str(i): i % 4 / 4 for i in range(60)}
-    rows = [{"question_id": str(i), "image_id": str(i), "correct": i % 4 == 3, "iou": 0.0, "official_iou": 0.0, "pred_bbox_1000": None}
+    rows = [{"question_id": str(i), "image_id": str(i), "correct": i % 4 == 3, "iou": 0.0,
+             "official_iou": 0.0, "pred_bbox_1000": None}
             for i in range(60)]  # fmt: skip
     bins = eval_kvg.pass_rate_bins(rows, rates)
     assert [(rate, m["n"], m["acc"]) for rate, m in bins] == [(0, 15, 0), (0.25, 15, 0), (0.5, 15, 0), (0.75, 15, 1)]
