@@ -1723,10 +1723,13 @@ def binary_reward(text, sample, args):
 
 
 def format_reward(text, sample, args):
-    """0.5 for one <think> block, then one <answer> block and nothing else; 0.5 for one box as the family writes it."""
+    """0.5 for one <think> block with words, then one <answer> block and nothing else; 0.5 for one box as the family
+    writes it.
+    """
     form = CANONICAL_JSON if sample["style"].json else CANONICAL
     canonical = parse_bbox(text, grid=sample["grid"]) is not None and form.search(answer_text(text)) is not None
-    return 0.5 * (THINK_ANSWER.fullmatch(text.strip()) is not None) + 0.5 * canonical
+    blocks = THINK_ANSWER.fullmatch(text.strip())
+    return 0.5 * (blocks is not None and re.search(r"\w", blocks[1]) is not None) + 0.5 * canonical
 
 
 REWARDS = {"iou": iou_reward, "dense_iou": dense_iou_reward, "binary": binary_reward, "format": format_reward}
