@@ -1,8 +1,8 @@
 """SFT: the loss against plain Python, resume, ranks, formats, and what a finished checkpoint gives back."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import sys
