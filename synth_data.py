@@ -47,7 +47,6 @@ ANSWER = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|
 LAYOUTS = ("horizontal", "vertical", "grid", "random")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PHOTO_FORMATS = ("JPEG", "MPO", "WEBP")  # Pillow's names; MPO: a JPEG as many phones write it
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a broken file
 
 
 def parse_args(argv=None):
@@ -273,8 +272,14 @@ def leave():
 R1_SUFFIX = (
     "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
 )
-BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
+BOX = re.compile(r"<\|box_start\|>\((\d{1,6}),(\d{1,6})\),\((\d{1,6}),(\d{1,6})\)<\|box_end\|>", re.A)
 REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # all the tokens that rows may hold
+MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)  # it would open a turn, a block or an image
+NO_NAME = re.compile(  # a line break, half a character, or a box
+    "[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]|" r"(?:\d[\d.]*\s*[)\]]?\s*,\s*[(\[]?\s*){3}\d"
+)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
 @dataclass(frozen=True)
@@ -306,8 +311,92 @@ def model_text(text, style, grid):
         return f'```json\n[\n\t{{"bbox_2d": [{", ".join(box)}], "label": {label}}}\n]\n```'
 
     if style.pixels:
-        text = re.sub(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", boxed, text)
+        text = re.sub(r"\((\d{1,6}),(\d{1,6})\),\((\d{1,6}),(\d{1,6})\)", boxed, text, flags=re.A)
     return REF.sub(r"\1", re.sub(REF.pattern + BOX.pattern, listed, text, flags=re.S)) if style.json else text
+
+
+def is_box(box, most=1e9):
+    """Whether it is [x1, y1, x2, y2] in numbers, 0 <= x1 < x2 <= most and 0 <= y1 < y2 <= most; NaN is none."""
+    numbers = isinstance(box, (list, tuple)) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+    return numbers and 0 <= box[0] < box[2] <= most and 0 <= box[1] < box[3] <= most
+
+
+def check_name(name, where, kind="entity"):
+    """Errors: one line unless a name is text in one line that becomes no token, tag or box in a prompt."""
+    if not isinstance(name, str) or not name.strip() or MARKUP.search(name) or NO_NAME.search(name):
+        raise SystemExit(
+            f"{where}: {kind} {ascii(name)[:80]}; want a name in one line, without tokens, tags and boxes; mend the row"
+        )
+
+
+def check_text(text, where, kind):
+    """Errors: one line unless it is text without special tokens, but for whole pairs around names and boxes."""
+    if not isinstance(text, str):
+        raise SystemExit(f"{where}: {kind} {ascii(text)[:80]}; want text; mend the row")
+    if found := re.search("<\\|[^>\n]{0,30}>?|[\ud800-\udfff]", PAIRS.sub("", text)):
+        raise SystemExit(
+            f"{where}: {ascii(found[0])} in the {kind}; want no special token but pairs around a name or a box; "
+            "mend the row"
+        )
+    for name in REF.findall(text):
+        check_name(name, where)
+
+
+@lru_cache(maxsize=4096)
+def real_folder(folder):
+    """(path without symbolic links, whether a samples.jsonl lies in it)"""
+    folder = Path(os.path.realpath(folder))
+    return folder, (folder / "samples.jsonl").is_file()
+
+
+def image_path(folder, name, where):
+    """Path of the image that a row names relative to `folder`, which holds the row's file.
+
+    Symbolic links followed, it must lie in the run folder (the parent of `folder`, if that is not the root), or in
+    images/ beside a samples.jsonl, wherever that is: so lie the images of synth_data.py, to which the rows of all later
+    stages point. Errors: one line for an absolute path and for one that leads elsewhere.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or os.path.isabs(name):
+        raise SystemExit(f"{where}: image {ascii(name)[:80]}; want a path relative to {folder}; mend the row")
+    path, here = Path(folder, name), real_folder(Path(folder))[0]
+    real = Path(os.path.realpath(path)) if path.is_symlink() else real_folder(path.parent)[0] / path.name
+    run = here if here.parent == Path(here.anchor) else here.parent
+    ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
+    if not ours and not real.is_relative_to(run):
+        raise SystemExit(
+            f"{where}: image {ascii(name)[:80]} leads out of {run}; want one below it or in images/ beside a "
+            "samples.jsonl; move the image there"
+        )
+    return str(path)
+
+
+def read_parquet(path, columns=None):
+    """(rows, columns) of a parquet; `columns`: the ones to read, of those there are. Errors: one line."""
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=columns and [c for c in columns if c in names])
+        return table.to_pylist(), names
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: unreadable ({str(e).splitlines()[0]}); want parquet; fetch the file again") from None
+
+
+def parse_turns(r, where):
+    """(question, completion, prompt_suffix) of a row with one image and the messages of a user and an assistant."""
+    images, turns = (x if isinstance(x, list) else [] for x in (r.get("images"), r["messages"]))
+    if len(images) != 1 or len(turns) < 2:
+        counts = f"{len(images)} images, {len(turns)} messages"
+        raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
+    turns = [t if isinstance(t, dict) else {} for t in turns[:2]]
+    user, completion = (t.get("content") for t in turns)
+    roles = [t.get("role", role) for t, role in zip(turns, ("user", "assistant"), strict=True)]
+    if roles != ["user", "assistant"] or not isinstance(user, str) or not isinstance(completion, str):
+        found = ascii([t.get("content") for t in turns])[:80]
+        raise SystemExit(f"{where}: messages of {roles}, {found}; want text of user and assistant; mend the row")
+    user = user.replace("<image>", "")
+    suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
+    return user.removesuffix(R1_SUFFIX), completion, suffix
 
 
 def read_samples(path):
@@ -316,70 +405,86 @@ def read_samples(path):
     Reads our JSONL, ShareGPT JSON (messages, images), GRPO parquet (image, problem, solution) and KVG-Bench parquet
     (question_id, question, answer, image, category). Keys: id, image (path or bytes), image_id, question, answer,
     bbox_1000 (list of 4 ints or None), entity, category, completion (what SFT learns, or None), prompt_suffix, row.
-    Errors: one line for a missing file, an unknown format, a missing column or a box that is none.
+    Image paths: see `image_path`. Errors: one line for a missing or broken file, an unknown format, a missing column, a
+    value of another type, a box that is none, an image elsewhere, and a special token in a name or a text.
     """
     path = Path(path)
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want parquet of KVG-Bench or of GRPO; check the path")
-        table = pq.read_table(path)
+        rows, columns = read_parquet(path)
+        bench = "question" in columns
         names = (
-            ("question_id", "question", "answer", "image", "category")
-            if "question" in table.column_names
-            else ("image", "problem", "solution")
+            ("question_id", "question", "answer", "image", "category") if bench else ("image", "problem", "solution")
         )
-        if missing := [n for n in names if n not in table.column_names]:
+        if missing := [n for n in names if n not in columns]:
             raise SystemExit(
-                f"{path}: no column {missing[0]!r}, found {table.column_names}; want {', '.join(names)}; check the file"
+                f"{path}: no column {missing[0]!r}, found {columns}; want {', '.join(names)}; check the file"
             )
-        rows = table.to_pylist()
-        for i, r in enumerate(rows):
-            r |= {
-                "question": r.get("question") or r["problem"],
-                "answer": r.get("answer") or r["solution"],
-                "id": r.get("question_id", str(i)),
-            }
+        if not bench:
+            rows = [r | {"id": str(i), "question": r["problem"], "answer": r["solution"]} for i, r in enumerate(rows)]
+        rows = [{"id": r.get("question_id")} | r for r in rows]
     elif path.suffix == ".json":
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as e:
+            raise SystemExit(f"{path}: not JSON ({e}); want ShareGPT JSON; check the file") from None
+        if not isinstance(rows, list):
+            raise SystemExit(f"{path}: a {type(rows).__name__}; want a list, ShareGPT JSON; check the file")
         for i, r in enumerate(rows):
             if not isinstance(r, dict) or "messages" not in r or "images" not in r:
                 raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
-        rows = read_jsonl(path, ("id", "images", "messages"))
+        try:
+            rows = read_jsonl(path, ("id", "images", "messages"))
+        except UnicodeDecodeError as e:
+            raise SystemExit(f"{path}: no text ({e}); want JSONL in UTF-8; write it again") from None
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
     samples = []
     for i, r in enumerate(rows):
-        where = f"{path}:{i + 1} ({r['id']})"
+        where = f"{path}:{i + 1} ({ascii(r['id'])[:80] if not isinstance(r['id'], str) else r['id']})"
+        if type(r["id"]) not in (str, int) or r["id"] == "":
+            raise SystemExit(f"{where}: no id; want text or an integer; mend the row")
         completion, suffix = None, ""
         if "messages" in r:
-            if not r.get("images") or len(r["images"]) != 1 or len(r["messages"]) < 2:
-                counts = f"{len(r.get('images') or [])} images, {len(r['messages'])} messages"
-                raise SystemExit(f"{where}: {counts}; want one image, a user and an assistant message; mend the row")
-            user, completion = r["messages"][0]["content"].replace("<image>", ""), r["messages"][1]["content"]
-            suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
-            r = {
-                "question": user.removesuffix(R1_SUFFIX),
-                "answer": completion.rsplit("<answer>", 1)[-1].split("</answer>")[0],
-            } | r
-            image = image_id = str(path.parent / r["images"][0])
+            question, completion, suffix = parse_turns(r, where)
+            answer = completion.rsplit("<answer>", 1)[-1].split("</answer>")[0]
+            r = {"question": question} | r
+            r["answer"] = answer if r.get("answer") is None else r["answer"]
+            check_text(completion, where, "assistant's message")
+            image = image_id = image_path(path.parent, r["images"][0], where)
         else:
-            image = r["image"]["bytes"] or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
-            if not image:
+            image = r["image"].get("bytes") or r["image"].get("path") if isinstance(r["image"], dict) else r["image"]
+            if not image or not isinstance(image, (bytes, str)):
                 raise SystemExit(f"{where}: no image; want a path, or bytes; mend or drop the row")
-            image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else str(image)
-        box = BOX.search(r["answer"] or "")
+            image = image_path(path.parent, image, where) if isinstance(image, str) else image
+            image_id = hashlib.md5(image).hexdigest() if isinstance(image, bytes) else image
+        check_text(r["question"], where, "question")
+        check_text(r["answer"], where, "answer")
+        if not r["question"].strip():
+            raise SystemExit(f"{where}: an empty question; want one; mend the row")
+        if r.get("category") is not None:
+            check_name(r["category"], where, "category")
+        box = BOX.search(r["answer"])
         bbox_1000 = [int(v) for v in box.groups()] if box else None
-        if bbox_1000 and not (0 <= bbox_1000[0] < bbox_1000[2] <= 1000 and 0 <= bbox_1000[1] < bbox_1000[3] <= 1000):
+        if bbox_1000 and not is_box(bbox_1000, most=1000):
             raise SystemExit(
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
-        entity = REF.search(r["answer"] or "") or REF.search(r["question"])
+        listed = r.get("entities") or []
+        for e in listed if isinstance(listed, list) else [listed]:
+            e = e if isinstance(e, dict) else {}
+            check_name(e.get("entity"), where)
+            if not is_box(e.get("bbox_px")):
+                raise SystemExit(
+                    f"{where}: bbox_px {ascii(e.get('bbox_px'))[:80]} of {e['entity']}; want 0 <= x1 < x2 and "
+                    "0 <= y1 < y2; mend the row"
+                )
+        entity = REF.search(r["answer"]) or REF.search(r["question"])
         samples.append(
             {
                 "id": r["id"],
@@ -395,11 +500,51 @@ def read_samples(path):
                 "row": r,
             }
         )
+    if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
+        raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want unique ids; mend the file")
     return samples
 
 
+def check_weights(path):
+    """Errors: one line for a model folder without weights, or with a safetensors file that is not whole.
+
+    Reads sizes and headers alone. A name on the hub and other formats of weights are left to transformers.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(f"{index}: broken ({e}); want a list of weight files; copy the model again") from None
+    elif any(folder.glob("pytorch_model*.bin*")):
+        return
+    for file in files:
+        if not file.is_file():
+            raise SystemExit(
+                f"{file}: no such file; want the weights of the model; copy the model again, or check --model"
+            )
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = f.read(length if length < file.stat().st_size else 0)
+        try:
+            table = json.loads(header)
+            end = max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            end = None
+        size = file.stat().st_size
+        if end is None or size != 8 + length + end:
+            want = "a header" if end is None else f"{8 + length + end} bytes"
+            raise SystemExit(f"{file}: {size} bytes, not a whole file; want {want}; copy the model again")
+
+
 def load_processors(model_path, max_pixels):
-    """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels."""
+    """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels.
+
+    Errors: one line for what is missing in the folder, the weights too, before they are loaded.
+    """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     try:
@@ -409,8 +554,13 @@ def load_processors(model_path, max_pixels):
         raise SystemExit(
             f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
         ) from None
-    if "<|image_pad|>" not in tokenizer.get_vocab():
-        raise SystemExit(f"{model_path}: the tokenizer has no <|image_pad|>; want a Qwen-VL; check the model")
+    wanted = "<|image_pad|> <|vision_start|> <|vision_end|> <|im_start|> <|im_end|> <|endoftext|> <|object_ref_start|>"
+    wanted = f"{wanted} <|object_ref_end|> <|box_start|> <|box_end|>".split()
+    if missing := [token for token in wanted if token not in tokenizer.get_vocab()]:
+        raise SystemExit(f"{model_path}: the tokenizer has no {missing[0]}; want a Qwen-VL; check the model")
+    if not tokenizer.chat_template:
+        raise SystemExit(f"{model_path}: the tokenizer has no chat template; want an Instruct model; check the model")
+    check_weights(model_path)
     image_processor.size = {
         "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
         "longest_edge": max_pixels,
@@ -418,29 +568,74 @@ def load_processors(model_path, max_pixels):
     return tokenizer, image_processor
 
 
-def load_image(image):
-    """RGB picture from a path or bytes. Errors: one line for a file that is missing or broken."""
+def open_image(image):
+    """(image, how it must be turned) of a path or bytes, from the header; the first frame if there are several.
+
+    Everything that reads an image turns it as its EXIF says, as every viewer does: the boxes count in the turned image.
+    """
+    im = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if im.format == "TIFF" or im.format == "PNG" and "exif" not in im.info:
+        return im, None  # Pillow turns TIFF itself; it would read a whole PNG to look for EXIF at its end
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-            return im.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want an image; mend the row"
-        ) from None
+        orientation = im.getexif().get(0x0112)
+    except (OSError, ValueError, SyntaxError, EOFError):
+        return im, None  # broken EXIF in a sound image
+    flip = Image.Transpose
+    turns = {2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM, 5: flip.TRANSPOSE,
+             6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90}  # fmt: skip
+    return im, turns.get(orientation)
+
+
+def decode_image(image):
+    """RGB picture of a path or bytes, RGBA if it has transparency. Errors: one of UNREADABLE.
+
+    16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white).
+    """
+    im, turn = open_image(image)
+    name = im.format
+    if im.mode == "F":
+        raise ValueError("32-bit float pixels, want 8 or 16 bits a channel")
+    if im.mode.startswith("I"):
+        im = im.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    mode = "RGBA" if im.has_transparency_data else "RGB"
+    if im.mode == mode:
+        im.load()  # decodes; convert() would copy the pixels
+    else:
+        im = im.convert(mode)
+    im = im if turn is None else im.transpose(turn)
+    im.format = name
+    return im
+
+
+def load_image(image):
+    """RGB picture from a path or bytes; transparent parts are white. Errors: one line if it is missing or broken."""
+    try:
+        im = decode_image(image)
+    except UNREADABLE as e:
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({e}); want an image; mend the row") from None
+    if im.mode == "RGB":
+        return im
+    canvas = Image.new("RGB", im.size, (255, 255, 255))
+    canvas.paste(im, (0, 0), im)
+    return canvas
 
 
 def resized_size(image_processor, image):
-    """(width, height) px at which the model sees an image, from the image's header alone."""
+    """(width, height) px at which the model sees an image, from the image's header alone. Errors: one line."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-            width, height = im.size
+        im, turn = open_image(image)
+        with im:
+            sideways = turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                                Image.Transpose.ROTATE_90)  # fmt: skip
+            width, height = im.size[::-1] if sideways else im.size
         factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
         height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); mend the row"
+            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want another; mend the row"
         ) from None
     return width, height
 
@@ -480,6 +675,7 @@ def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2
     Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
     `grid`: the (width, height) that the model's boxes count in.
     """
+    resized_size(image_processor, image)  # says in one line what cannot be resized
     vision = image_processor(images=[load_image(image)], return_tensors="pt")
     merge, grid_thw = image_processor.merge_size, vision["image_grid_thw"]
     _, rows, columns = grid_thw[0].tolist()
@@ -647,7 +843,10 @@ class Source:
 
 
 def list_sources(source):
-    """All `Source` records of a folder, JSONL or parquet; a folder's have no box yet. Errors: one line."""
+    """All `Source` records of a folder, JSONL or parquet; a folder's have no box yet.
+
+    Image paths of a JSONL: see `image_path`; a folder's may be links to anywhere. Errors: one line.
+    """
     source = Path(source)
     if not source.exists():
         raise SystemExit(
@@ -666,15 +865,23 @@ def list_sources(source):
             for p in found
         ]
     elif source.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        wanted, columns = ("image", "entity", "category"), pq.read_schema(source).names
+        wanted = ("image", "entity", "category")
+        table, columns = read_parquet(source, ("entity", "category", "bbox_px"))
         if missing := [c for c in wanted if c not in columns]:
             raise SystemExit(f"--source {source}: no column {missing[0]!r}; want {', '.join(wanted)}; mend the file")
-        table = pq.read_table(source, columns=[c for c in ("entity", "category", "bbox_px") if c in columns])
-        rows = [r | {"image": f"{source.name}#{i}"} for i, r in enumerate(table.to_pylist())]
+        rows = [r | {"image": f"{source.name}#{i}"} for i, r in enumerate(table)]
     else:
         rows = read_jsonl(source, ("image", "entity", "category"))
+    for i, r in enumerate(rows):
+        where = f"--source {source}: row {i + 1}, {ascii(r['image'])[1:-1]}"
+        check_name(r["entity"], where)
+        check_name(r["category"], where, "category")
+        if r.get("bbox_px") and not is_box(r["bbox_px"]):
+            raise SystemExit(
+                f"{where}: bbox_px {ascii(r['bbox_px'])[:80]}; want 0 <= x1 < x2 and 0 <= y1 < y2; mend the row"
+            )
+        if not source.is_dir():
+            image_path(source.parent, r["image"], where)
     return [
         Source(
             path=str((source if source.is_dir() else source.parent) / r["image"]),
@@ -689,9 +896,14 @@ def list_sources(source):
 
 def read_boxes(path):
     """{image: line} of a boxes file, nothing if there is none; the last line on an image counts. Errors: one line."""
-    lines = {r["image"]: r for r in read_jsonl(path, ("image",))} if os.path.exists(path) else {}
+    lines = {str(r["image"]): r for r in read_jsonl(path, ("image",))} if os.path.exists(path) else {}
     if missing := [image for image, r in lines.items() if "bbox_px" not in r]:
         raise SystemExit(f"{path}: {missing[0]}: no 'bbox_px'; want [x1, y1, x2, y2], or null; mend or drop the line")
+    if wrong := [r for r in lines.values() if r["bbox_px"] is not None and not is_box(r["bbox_px"])]:
+        raise SystemExit(
+            f"{path}: {ascii(wrong[0]['image'])[1:-1]}: bbox_px {ascii(wrong[0]['bbox_px'])[:80]}; "
+            "want 0 <= x1 < x2 and 0 <= y1 < y2, or null; mend or drop the line"
+        )
     return lines
 
 
@@ -737,17 +949,22 @@ def benchmark_images(path):
         images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
     elif path.suffix == ".jsonl":
         rows = read_jsonl(path)
-        if missing := [i for i, r in enumerate(rows, 1) if not (r.get("images") or r.get("image"))]:
+        if missing := [
+            i for i, r in enumerate(rows, 1) if not isinstance(r, dict) or not (r.get("images") or r.get("image"))
+        ]:
             raise SystemExit(f"--exclude {path}: row {missing[0]} has no image; want image or images; mend the file")
-        images = dict.fromkeys(path.parent / i for r in rows for i in r.get("images") or [r["image"]])
-        names = {e["source"] for r in rows for e in r.get("entities", []) if "source" in e}
+        listed = {i: r["images"] if isinstance(r.get("images"), list) else [r.get("images") or r["image"]]
+                  for i, r in enumerate(rows, 1)}  # fmt: skip
+        images = dict.fromkeys(
+            image_path(path.parent, image, f"--exclude {path}: row {i}") for i in listed for image in listed[i]
+        )
+        names = {e["source"] for r in rows for e in r.get("entities") or [] if isinstance(e, dict) and "source" in e}
     elif path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet as pq
-
-        if "image" not in pq.read_schema(path).names:
+        rows, columns = read_parquet(path, ("image",))
+        if "image" not in columns:
             raise SystemExit(f"--exclude {path}: no column 'image'; want the benchmark's images; check the path")
-        rows = pq.read_table(path, columns=["image"])["image"].to_pylist()
-        images = dict.fromkeys(r["bytes"] or r["path"] if isinstance(r, dict) else r for r in rows)
+        rows = [r["image"] for r in rows]
+        images = dict.fromkeys((r.get("bytes") or r.get("path")) if isinstance(r, dict) else r for r in rows)
     else:
         raise SystemExit(
             f"--exclude {path}: no such folder, .jsonl or .parquet; want the benchmark's images; check the path"
@@ -755,8 +972,8 @@ def benchmark_images(path):
     hashes = []
     for image in images:
         try:
-            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-                hashes += [difference_hash(im), difference_hash(ImageOps.mirror(im))]
+            im = decode_image(image)
+            hashes += [difference_hash(im), difference_hash(ImageOps.mirror(im))]
         except UNREADABLE as e:
             raise SystemExit(
                 f"--exclude {path}: unreadable image ({e}); want all of them; mend the benchmark"
@@ -785,18 +1002,17 @@ def image_column(file):
 
 
 def load_source(source):
-    """RGB or RGBA image of a `Source`. Errors: OSError for a corrupt file, ValueError for a box outside the image."""
+    """RGB or RGBA image of a `Source`, as `decode_image` gives it. Errors: one of UNREADABLE, also for a strip that no
+    model takes (200 times as long as wide) and for a box outside the image.
+    """
     if ".parquet#" in source.path:
         file, row = source.path.rsplit("#", 1)
         data = image_column(file)[int(row)].as_py()
-        image = Image.open(io.BytesIO(data["bytes"] if isinstance(data, dict) else data))
+        image = decode_image((data["bytes"] if isinstance(data, dict) else data) or b"")
     else:
-        image = Image.open(source.path)
-    mode = "RGBA" if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info else "RGB"
-    if image.mode == mode:
-        image.load()  # decodes; convert() would copy the pixels and forget the format
-    else:
-        image = image.convert(mode)
+        image = decode_image(source.path)
+    if max(image.size) > 200 * min(image.size):
+        raise ValueError(f"{image.width}x{image.height}, a side more than 200 times the other")
     x1, y1, x2, y2 = source.bbox_px or (0, 0, *image.size)
     if not (0 <= x1 < x2 <= image.width and 0 <= y1 < y2 <= image.height):
         raise ValueError(f"bbox_px {list(source.bbox_px)} does not lie in the {image.width}x{image.height} image")

@@ -5,6 +5,7 @@ The probe asks fair questions and reads strict answers.
 
 import io
 import json
+import os
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def test_cot_stage_keeps_sound_rows_and_names_the_rule_of_the_others(cot_dir, tm
     rows[3]["messages"][1]["content"] = "nothing"
     (tmp_path / "in").mkdir()
     for r in rows:
-        r["images"] = [str(cot_dir / i) for i in r["images"]]
+        r["images"] = [os.path.relpath(cot_dir / i, tmp_path / "in") for i in r["images"]]
     (tmp_path / "in" / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run_script("filter.py", "--stage", "cot", "--samples", tmp_path / "in" / "samples.jsonl", "--out", tmp_path / "out")
     kept = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -124,7 +125,7 @@ def test_bad_flags_and_rows_get_one_clear_line(synth_dir, tiny_dir, tmp_path):
     (tmp_path / "twice.jsonl").write_text(f"{row}\n{row}\n")
     for flags, message in (
         (("--num_rollouts", 1), "--num_rollouts >= 2"),
-        (("--samples", tmp_path / "twice.jsonl"), "occurs twice"),
+        (("--samples", tmp_path / "twice.jsonl"), "occurs more than once; want unique ids"),
         (("--model", "nowhere"), "nowhere: no model"),
     ):
         done = measure(synth_dir, tiny_dir, tmp_path / "o", *flags)

@@ -1,6 +1,7 @@
 """gen_cot.py: chains from the table, validation, resuming, errors; the model teachers are in test_teachers.py."""
 
 import json
+import os
 import re
 
 import pytest
@@ -164,7 +165,8 @@ def test_the_prompt_tells_all_boxes_and_the_target():
 
 # ---- errors ----
 def test_bad_input_is_one_clear_line(synth_dir, world_dir, tmp_path):
-    rows = [r | {"images": [str(synth_dir / r["images"][0])]} for r in read(synth_dir / "samples.jsonl")]
+    rows = read(synth_dir / "samples.jsonl")
+    rows = [r | {"images": [os.path.relpath(synth_dir / r["images"][0], tmp_path)]} for r in rows]
     cases = [
         ("question", [{k: v for k, v in rows[0].items() if k != "question"}]),
         ("id occurs twice", [rows[0], rows[0]]),

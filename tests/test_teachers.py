@@ -208,7 +208,8 @@ def test_200_rows_through_every_fault_are_each_finished_once(synth_dir, tmp_path
         row = source[i % len(source)]
         entities = [dict(e) for e in row["entities"]]
         entities[row["target"]]["entity"] += f" {i}"  # so that every prompt is another
-        rows.append(row | {"id": f"many-{i}", "entities": entities, "images": [str(synth_dir / row["images"][0])]})
+        image = os.path.relpath(synth_dir / row["images"][0], tmp_path)
+        rows.append(row | {"id": f"many-{i}", "entities": entities, "images": [image]})
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     out, part = tmp_path / "out", tmp_path / "out/part-00000.jsonl"
     flags = [*server.flags, "--request_timeout", 1, "--concurrency", 64]

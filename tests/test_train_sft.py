@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -181,7 +182,7 @@ def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
     text = f"<think>because</think> <answer>{ours[0]['answer']}</answer>"
     messages = [{"role": "user", "content": f"<image>{ours[0]['question']}{t.R1_SUFFIX}"},
                 {"role": "assistant", "content": text}]  # fmt: skip
-    share = [{"messages": messages, "images": [ours[0]["image"]]}]
+    share = [{"messages": messages, "images": [os.path.relpath(ours[0]["image"], tmp_path)]}]
     (tmp_path / "share.json").write_text(json.dumps(share))
     (read,) = t.read_samples(tmp_path / "share.json")
     assert (read["question"], read["completion"], read["prompt_suffix"]) == (ours[0]["question"], text, t.R1_SUFFIX)
