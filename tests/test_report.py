@@ -19,6 +19,7 @@ HOSTILE = (
     "</script><script>parent.hacked = window.hacked = 1</script><img src=x onerror='parent.hacked = 1'> "
     "\u2028\u2029\"'&amp;`${1}漢🦜"
 )
+NAME = re.sub("[\u2028\u2029]", "", HOSTILE)  # as far as a bench may hold it
 NAMES = {"seen": ["bird"], "unseen": ["<b>x</b>&'\""]}  # of categories
 
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
     for i in range(12):
         Image.new("RGB", (160, 120), (20 * i, 100, 90)).save(out / f"{i}.png")
     for i in range(60):
-        entity, category = HOSTILE if i == 0 else f"Entity {i}", "bird" if i % 2 else NAMES["unseen"][0].lower()
+        entity, category = NAME if i == 0 else f"Entity {i}", "bird" if i % 2 else NAMES["unseen"][0].lower()
         truth, other = (100, 100, 300 + i, 400), (500, 500, 900, 900)
         answer = f"<|object_ref_start|>{entity}<|object_ref_end|>{boxed(truth)}"
         message = [{"role": "user", "content": f"<image>Find {entity}"}, {"role": "assistant", "content": answer}]
@@ -245,7 +246,7 @@ def test_the_report_works_in_a_browser(folder, browse):
   results.again = again.document.getElementById("count").textContent;
 """ % json.dumps(page + "#show=wrong&category=bird&search=needle"))  # fmt: skip
     assert got["console"] == [] and got["hacked"] == 0 and got["scripts"] == 3 and got["strays"] == 0
-    assert got["start"] == ["60 of 60 cases", 24, "q0"] and got["text"] == HOSTILE and got["title"] == HOSTILE
+    assert got["start"] == ["60 of 60 cases", 24, "q0"] and got["text"] == HOSTILE and got["title"] == NAME
     assert got["pictures"] == [160] * 24 and got["more"] == [60, True]
     assert got["wrong"] == ["30 of 60 cases", 24] and got["hash"].startswith("#show=wrong&")
     assert got["nobox"] == ["2 of 60 cases", 2] and got["cut"] == ["1 of 60 cases", 1]
