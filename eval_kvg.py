@@ -3,8 +3,7 @@
 reads   --bench: the KVG-Bench parquet or samples.jsonl of synth_data.py; --model, or --predictions made elsewhere
          --task rec: JSONL like RefCOCO's; --task fgvr: JSONL or a folder category/entity/* of pictures to name
 writes  --out: predictions.jsonl, metrics.json, table.md, report.html, config.json, run.json (speed, paths, all flags);
-        with --compare A B: compare.json, compare.html; with --gap also choices.jsonl; with --curves one PNG;
-        --task fgvr has no report.html
+        with --compare A B: compare.json, compare.html; with --gap also choices.jsonl; with --curves one PNG
 
   smoke    python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out ...
   score    python eval_kvg.py --bench kvg-bench.parquet --predictions answers.jsonl --out runs/eval_theirs
@@ -1866,10 +1865,10 @@ def closing_lines(metrics, speed):
     if speed:
         known.append(f"{speed['cases_per_second']:.2f} cases/s, {speed['tokens_per_second']:.0f} tokens/s")
     differs = ", ".join(f"{n} {why}" for why, n in counts.items())
-    return (
-        f"judged otherwise by the released evaluator: {sum(counts.values())} cases{f' ({differs})' * bool(differs)}\n"
-        + f"{', '.join(known)}\n" * bool(known)
+    official = (
+        f"judged otherwise by the released evaluator: {sum(counts.values())} cases{f' ({differs})' * bool(differs)}"
     )
+    return f"{official}\n" * ("acc_official" in metrics["all"]) + f"{', '.join(known)}\n" * bool(known)
 
 
 def compare_runs(a, b, seen):
@@ -2350,7 +2349,7 @@ const shows = pair ? {
   box: ["wrong, with a box", some(a => !a.correct && a.box)],
   right: ["correct", some(a => a.correct)],
 };
-shows.nobox = ["no valid box", some(a => !a.box)];
+if (data.cases.some(c => c.truth)) shows.nobox = ["no valid box", some(a => !a.box)];
 shows.cut = ["cut off", some(a => a.cut)];
 shows.contradicts = ["reasoning contradicts", some(a => a.contradicts)];
 const sorts = {
@@ -2376,8 +2375,9 @@ for (const split of ["seen", "unseen"])
 for (const name of categories)
   by("category").append(make("option", {value: name}, count(name, data.cases.filter(c => c.category === name).length)));
 for (const [key, [name]] of Object.entries(sorts)) by("sort").append(make("option", {value: key}, name));
-for (const [kind, name] of [["truth", "truth"], ["a", pair ? "A" : "predicted"], ...pair ? [["b", "B"]] : [],
-    ["named", "named in the text"]])
+const keys = [["truth", "truth"], ["a", pair ? "A" : "predicted"], ...pair ? [["b", "B"]] : [],
+  ["named", "named in the text"]];
+for (const [kind, name] of data.cases.some(c => c.truth) ? keys : [])
   by("legend").append(make("span", {class: "key " + kind}), name + " \u00a0 ");
 
 let list = [], at = 0;
@@ -2558,6 +2558,43 @@ def calibration_panel(bins):
             "intervals; on the dashed line the two are equal.</p></section>")  # fmt: skip
 
 
+def run_name(args):
+    """(name of a run, how its answers were made), as text."""
+    source = Path(args.model or args.predictions)
+    generic = source.name in ("final", "model", "predictions.jsonl", "answers.jsonl")
+    name = f"{source.parent.name}/{source.name}" if generic else source.name
+    how = (
+        f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens"
+        if args.model
+        else "answers made elsewhere"
+    )
+    if args.corrupt:
+        how += f"; pictures spoilt before the model saw them ({args.corrupt}, strength {args.corrupt_strength})"
+    return name, how
+
+
+def choice_html(rows, samples, metrics, args):
+    """The page of --task fgvr as text: as that of boxes, without boxes."""
+    name, how = run_name(args)
+    named = [("split", "all", metrics["all"]), *(("", c, m) for c, m in metrics["categories"].items())]
+    lines = [(kind, html.escape(c), percent(m["acc"]), track(m), interval(m["acc_ci95"]), percent(m["parse_rate"]),
+              percent(m["chance"]), f"{m['n']:,}") for kind, c, m in named]  # fmt: skip
+    header = ("split", "accuracy %", "", "95 % interval", "parsed %", "chance %", "cases")
+    listed = [", ".join(f"{letter}. {o}" for letter, o in zip("ABCD", r["options"], strict=False)) for r in rows]
+    shown = [r | {"iou": float(r["correct"]), "entity": f"{r['entity']} ({options})"}
+             for r, options in zip(rows, listed, strict=True)]  # fmt: skip
+    data, pictures = gallery([shown], samples, [name], [], args.report_samples)
+    return REPORT_PAGE.substitute(
+        title=html.escape(f"{name} on {Path(args.bench).name}"),
+        lead="Name what the picture shows, out of up to four of its kind: a case is correct when the answer is one "
+        f"option and the right one. Prompt “{html.escape(args.prompt)}”, {how}.",
+        top=f'<section class="panel"><h2>Results</h2>{html_table(header, lines)}<p class="dim">Whiskers: 95 %; a title '
+        "names the right option and, in brackets, all of them.</p></section>",
+        data=data,
+        pictures=pictures,
+    )
+
+
 def report_html(rows, samples, metrics, args):
     """The whole page of one run as text; it refers to no other file."""
     splits = (("all", "all categories"), ("seen", "seen"), ("unseen", "unseen"))
@@ -2579,16 +2616,7 @@ def report_html(rows, samples, metrics, args):
     judged = [r["reasoning_contradicts"] for r in rows if r.get("reasoning_contradicts") is not None]
     if judged:
         facts.append(("reasoning contradicts the answer", f"{percent(sum(judged) / len(judged))} %"))
-    source = Path(args.model or args.predictions)
-    generic = source.name in ("final", "model", "predictions.jsonl", "answers.jsonl")
-    name = f"{source.parent.name}/{source.name}" if generic else source.name
-    how = (
-        f"greedy, at most {args.max_pixels:,} pixels and {args.max_completion_length:,} tokens"
-        if args.model
-        else "answers made elsewhere"
-    )
-    if args.corrupt:
-        how += f"; pictures spoilt before the model saw them ({args.corrupt}, strength {args.corrupt_strength})"
+    name, how = run_name(args)
     task = "Find the named entity among look-alikes" if args.task == "kvg" else "Find what the expression names"
     rates = {s["id"]: s["row"].get("pass_rate") for s in samples}
     data, pictures = gallery([rows], samples, [name], args.seen, args.report_samples)
@@ -2747,8 +2775,8 @@ def write_results(out, samples, answers, choices, levels, speed, args):
     if not speed and (out / "run.json").exists():
         speed = json.loads((out / "run.json").read_text(encoding="utf-8"))["speed"]
     write_text(out / "run.json", json.dumps({"speed": speed, "args": vars(args)}, indent=1) + "\n")
-    if args.task != "fgvr":
-        write_text(out / "report.html", report_html(rows, samples, metrics, args))
+    page = (choice_html if args.task == "fgvr" else report_html)(rows, samples, metrics, args)
+    write_text(out / "report.html", page)
     return table + closing_lines(metrics, speed)
 
 
@@ -2836,8 +2864,7 @@ def main():
         table = write_results(out, samples, answers, choices, levels, speed, args)
         for part in [p for job in jobs for p in out.glob(f"{part_prefix(job)}*.jsonl")]:
             part.unlink()
-        page = out / ("table.md" if args.task == "fgvr" else "report.html")
-        print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {page}")
+        print0(table + f"eval_kvg: {len(samples)} cases in {time.time() - start:.0f} s -> {out / 'report.html'}")
     if dist.is_initialized():
         dist.destroy_process_group()
     leave()

@@ -413,6 +413,11 @@ def test_an_fgvr_run_scores_letters_per_category(in_process, world_dir, tmp_path
     assert metrics["all"]["acc_ci95"][0] < 2 / 3 < metrics["all"]["acc_ci95"][1]
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in capsys.readouterr().out and "| disc" in table and "seen" not in table
+    page = (tmp_path / "out" / "report.html").read_text()
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["cases"]
+    assert len(shown) == len(cases) and not shown[0]["answers"][0]["correct"] and shown[0]["truth"] is None
+    assert all(option in shown[0]["entity"] for option in cases[0]["options"]) or shown[0]["id"] != cases[0]["id"]
+    assert "<h2>Results</h2>" in page and "chance %" in page and shown[0]["picture"] is not None
     assert in_process(say, tmp_path / "out", *flags, task_bench=folder) == [], "all is stored"
     with pytest.raises(SystemExit, match="--seed was 0, now 1"):
         in_process(say, tmp_path / "out", *flags, "--seed", 1, task_bench=folder)
