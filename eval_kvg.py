@@ -91,7 +91,11 @@ def parse_args(argv=None):
         help="kvg: find the entity; rec: find what an expression names; fgvr: name the picture, one of four options",
     )
     p.add_argument("--model", help="Hugging Face folder or name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
-    p.add_argument("--predictions", help="score this JSONL (question_id, response) instead of running a model")
+    p.add_argument(
+        "--predictions",
+        help="score this JSONL instead of running a model: question_id, response, and grid: [width, height] if the "
+        "boxes count in pixels of such an image (else 0..1000)",
+    )
     p.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two run folders: paired difference B - A, no bench needed"
     )
@@ -708,7 +712,7 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+def chat_inputs(tokenizer, image_processor, image, text, style):
     """Prompt with one image, read and resized once; its text in the family's style.
 
     Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).

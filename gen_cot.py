@@ -712,7 +712,7 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+def chat_inputs(tokenizer, image_processor, image, text, style):
     """Prompt with one image, read and resized once; its text in the family's style.
 
     Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
@@ -1048,7 +1048,10 @@ def ask_local(rows, args, save, device):
 
         def prompt_of(row):
             image, text = str(root / row["images"][0]), teacher_prompt(row)
-            return ahead.pop(row["id"], None) or pool.submit(chat_inputs, tokenizer, image_processor, image, text)
+            style = BOX_STYLES["qwen2_vl"]  # whatever the family: the prompt itself says how boxes are written
+            return ahead.pop(row["id"], None) or pool.submit(
+                chat_inputs, tokenizer, image_processor, image, text, style
+            )
 
         while queue:
             batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]

@@ -669,7 +669,7 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+def chat_inputs(tokenizer, image_processor, image, text, style):
     """Prompt with one image, read and resized once; its text in the family's style.
 
     Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).

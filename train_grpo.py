@@ -836,7 +836,7 @@ def rope_positions(ids, grid_thw, image_id, merge):
     return positions
 
 
-def chat_inputs(tokenizer, image_processor, image, text, style=BOX_STYLES["qwen2_vl"]):
+def chat_inputs(tokenizer, image_processor, image, text, style):
     """Prompt with one image, read and resized once; its text in the family's style.
 
     Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3).
@@ -1613,7 +1613,9 @@ def print_plan(args):
         raise SystemExit(f"--plan {args.plan}: no such GPU; want one of {', '.join(GPUS)}, as in 8xh100")
     model, gpu, num_gpus, limit = meta_model(args.model), found[2], int(found[1] or 8), GPUS[found[2]]["bytes"]
     engine = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-    stage = max(2, args.zero_stage or engine["zero_optimization"]["stage"])
+    stage = args.zero_stage or engine["zero_optimization"]["stage"]
+    if stage < 2 or args.dtype == "float32":
+        raise SystemExit(f"--plan: ZeRO-{stage}, --dtype {args.dtype}; it knows ZeRO-2 and 3 in bfloat16; change them")
     shape = plan_shape(model_sizes(model), args, num_gpus)
 
     def at(stage=stage, checkpointing=args.gradient_checkpointing, gpus=num_gpus, **changes):
@@ -1628,7 +1630,7 @@ def print_plan(args):
     kinds = {"ZeRO-2": (2, False), "+ checkp.": (2, True), "ZeRO-3": (3, False), " + checkp.": (3, True)}
     plans, now = [at(*kind) for kind in kinds.values()], at()
     print(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, {num_gpus} x {gpu}\n"
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, bf16, {num_gpus} x {gpu}\n"
         f"{shape.prompts} prompts a GPU: {shape.image} tokens of image, {PLAN_TEXT} of text, {shape.G} x {shape.C} of "
         f"completion; rows of up to {shape.row} tokens\nGB are those of such rows, without the CUDA context, NCCL and "
         "fragmentation; seconds are lower bounds at the peaks of the GPU\n"
@@ -2327,7 +2329,7 @@ def main():
     style = check_model(args.model)
     rank, world_size, device = init_dist(args.timeout_minutes)
     out = Path(args.output_dir)
-    if rank == 0:
+    if rank == 0 and not args.dry_run_memory:  # which leaves nothing behind, so that its flags may change
         out.mkdir(parents=True, exist_ok=True)
         same_config(
             out,
@@ -2342,7 +2344,6 @@ def main():
                 "num_workers",
                 "wandb",
                 "tensorboard",
-                "dry_run_memory",
             ),
         )
     if args.train_batch_size % world_size:

@@ -51,7 +51,7 @@ def training_pass(side, geometry, length, generations, freeze_vision=False):
     model.train()
     with tempfile.TemporaryDirectory() as folder:
         (photo,) = write_photos(folder, 1)
-        inputs = g.chat_inputs(tokenizer, image_processor, photo, prompt_text(tokenizer, 110))
+        inputs = g.chat_inputs(tokenizer, image_processor, photo, prompt_text(tokenizer, 110), g.BOX_STYLES["qwen2_vl"])
     generator = torch.Generator().manual_seed(0)
     completions = torch.randint(3, 500, (generations, length), generator=generator).tolist()
     weights = torch.randn(generations, generator=generator)[:, None].expand(-1, length).to(device)

@@ -33,7 +33,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         texts = [prompt_text(tokenizer, 110 + 5 * i) for i in range(args.prompts)]
         photos = write_photos(folder, args.prompts)
-        prompts = [g.chat_inputs(tokenizer, image_processor, *x) for x in zip(photos, texts, strict=True)]
+        prompts = [
+            g.chat_inputs(tokenizer, image_processor, *x, g.BOX_STYLES["qwen2_vl"])
+            for x in zip(photos, texts, strict=True)
+        ]
     result["prompt_tokens"] = [len(x["prompt_ids"]) for x in prompts]
 
     for C in args.completion_lengths:

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,20 +32,7 @@ def child(command, env, out, err):
     os.environ.update(env)
     sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
     sys.path[1:1] = env.get("PYTHONPATH", "").split(":") if env.get("PYTHONPATH") else []
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as e:
-        if isinstance(e.code, str):
-            print(e.code, file=sys.stderr)
-        status = 1 if isinstance(e.code, str) else e.code or 0
-    except BaseException:  # noqa: BLE001, as python itself ends
-        traceback.print_exc()
-        status = 1
-    else:
-        status = 0
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    runpy.run_path(command[0], run_name="__main__")  # multiprocessing ends the process as python does
 
 
 def run_script(script, *args, check=True, launcher=(sys.executable,), **env):

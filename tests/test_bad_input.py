@@ -120,7 +120,9 @@ def test_an_odd_image_is_seen_as_a_viewer_shows_it(name):
 def test_one_pixel_is_an_image(family_dirs):
     for folder in family_dirs.values():
         tokenizer, image_processor = t.load_processors(folder, 401408)
-        inputs = t.chat_inputs(tokenizer, image_processor, encoded(Image.new("RGB", (1, 1))), QUESTION)
+        inputs = t.chat_inputs(
+            tokenizer, image_processor, encoded(Image.new("RGB", (1, 1))), QUESTION, t.BOX_STYLES["qwen2_vl"]
+        )
         length = t.prompt_length(tokenizer, image_processor, encoded(Image.new("RGB", (1, 1))), QUESTION, STYLE)
         assert len(inputs["prompt_ids"]) == length
 
@@ -148,9 +150,16 @@ def test_a_bad_image_gets_one_line_naming_the_file(name, tmp_path, tiny_dir):
     data, message = BAD_IMAGES[name]
     (tmp_path / "a.png").write_bytes(data)
     processors = t.load_processors(tiny_dir, 401408)
-    one_line(message, t.chat_inputs, *processors, str(tmp_path / "a.png"), QUESTION)
-    one_line(f"{tmp_path / 'a.png'}: unreadable", t.chat_inputs, *processors, str(tmp_path / "a.png"), QUESTION)
-    one_line("image bytes: unreadable", t.chat_inputs, *processors, data, QUESTION)
+    one_line(message, t.chat_inputs, *processors, str(tmp_path / "a.png"), QUESTION, t.BOX_STYLES["qwen2_vl"])
+    one_line(
+        f"{tmp_path / 'a.png'}: unreadable",
+        t.chat_inputs,
+        *processors,
+        str(tmp_path / "a.png"),
+        QUESTION,
+        t.BOX_STYLES["qwen2_vl"],
+    )
+    one_line("image bytes: unreadable", t.chat_inputs, *processors, data, QUESTION, t.BOX_STYLES["qwen2_vl"])
     with pytest.raises(synth_data.UNREADABLE):
         synth_data.load_source(synth_data.Source(str(tmp_path / "a.png"), "a", "a", "a", (0, 0, 1, 1)))
 
@@ -184,7 +193,7 @@ def test_exif_turns_an_image_everywhere(kind, orientation, tmp_path, tiny_dir):
         assert image.size == size and near(image.getpixel(corner), (0, 0, 255))
         assert near(image.getpixel(opposite), (255, 0, 0))
     width, height = t.resized_size(image_processor, str(path))
-    inputs = t.chat_inputs(tokenizer, image_processor, str(path), QUESTION)
+    inputs = t.chat_inputs(tokenizer, image_processor, str(path), QUESTION, t.BOX_STYLES["qwen2_vl"])
     assert inputs["image_grid_thw"].tolist() == [[1, height // 14, width // 14]]
 
 

@@ -224,7 +224,9 @@ def test_probe_measures_every_entity_and_goes_on_after_a_kill(synth_dir, tiny_di
     questions = {q["id"]: q for q in f.probe_questions(f.read_samples(synth_dir / "samples.jsonl"), PROBE)}
     for answer in map(json.loads, said[:8]):
         q = questions[answer["id"]]
-        inputs = f.chat_inputs(tokenizer, image_processor, f.crop(q["image"], q["bbox_px"]), q["text"])
+        inputs = f.chat_inputs(
+            tokenizer, image_processor, f.crop(q["image"], q["bbox_px"]), q["text"], f.BOX_STYLES["qwen2_vl"]
+        )
         ids = f.rollout(model, tokenizer, [inputs], [["0"]], 4, 0.0, 1)[0][0][0]
         assert answer["text"] == f.completion_text(tokenizer, ids), "the picture of the entity alone is shown"
     sources = {(e["entity"], e["source"]) for r in rows for e in r["entities"]}

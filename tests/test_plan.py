@@ -282,3 +282,12 @@ def test_plan_says_in_one_line_what_is_wrong(capsys):
     with pytest.raises(SystemExit):
         t.parse_args(["--model", "x"])
     assert "the following arguments are required: --data, --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--zero_stage", 1), ("--dtype", "float32")])
+def test_what_is_not_planned_is_refused(flags):
+    model = ROOT / "tests/configs/qwen2-vl-2b"
+    done = run_script("train_sft.py", "--model", model, "--plan", *flags, check=False)
+    assert (
+        done.returncode != 0 and "it knows ZeRO-2 and 3 in bfloat16" in done.stderr and "Traceback" not in done.stderr
+    )

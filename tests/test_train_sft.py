@@ -141,7 +141,7 @@ def test_finished_model_loads_in_plain_transformers_and_gives_the_same_greedy_to
         AutoTokenizer.from_pretrained(folder),
         AutoImageProcessor.from_pretrained(folder, backend="pil"),
     )
-    prompt = g.chat_inputs(tokenizer, image_processor, sample["image"], sample["question"])
+    prompt = g.chat_inputs(tokenizer, image_processor, sample["image"], sample["question"], STYLE)
     ours = g.rollout(
         g.load_model(str(folder), "float32", torch.device("cpu")), tokenizer, [prompt], [["0"]], 16, 0.0, 1
     )[0][0][0]
