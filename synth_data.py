@@ -78,9 +78,9 @@ def parse_args(argv=None):
     p.add_argument(
         "--exclude",
         help="drop source images that also occur here: a .parquet or .jsonl with images, or a folder; of our own rows "
-        "also their sources, by name. Found: other sizes, JPEG, brightness, mirrored; of 200 synthetic photos cropped "
-        "on every side by 1 %% 95 %%, by 2 %% 76 %%, by 5 %% 8 %%. Not found: a part of a picture, a turned one. "
-        "Drawings on an empty ground look alike to it: other ones are dropped too",
+        "also their sources, by name. Found: other sizes, JPEG, brightness, mirrored. Often not found: cropped by more "
+        "than 1 %% a side. Not found: a part of a picture, a turned one. Drawings on an empty ground look alike to it: "
+        "other ones are dropped too",
     )
     p.add_argument("--exclude_distance", type=int, default=4, help="bits of 64 in which such images may differ")
     # canvas
