@@ -1326,33 +1326,61 @@ def save_checkpoint(engine, tokenizer, image_processor, output_dir, state, keep)
         engine.save_checkpoint(str(part), tag="engine")
     export_model(engine, tokenizer, image_processor, part / "model")
     if engine.global_rank == 0:
-        write_text(part / "state.json", json.dumps(state | {"world_size": dist.get_world_size()}) + "\n")
+        files = {str(f.relative_to(part)): f.stat().st_size for f in sorted(part.rglob("*")) if f.is_file()}
+        state = state | {"world_size": dist.get_world_size(), "files": files}
+        write_text(part / "state.json", json.dumps(state) + "\n")
         os.replace(part, folder)
         for old in sorted(Path(output_dir).glob("checkpoint-*[0-9]"), key=lambda c: int(c.name.split("-")[1]))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def resume(engine, output_dir):
-    """Loads the newest complete checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}.
+def newest_checkpoint(output_dir):
+    """(folder, its state.json) of the newest checkpoint of a run, or (None, {"step": 0, "num_tokens": 0}).
 
-    With another number of ranks than it was saved by, DeepSpeed's universal form of it is made first.
+    Each of its files must be as long as when it was written: a disk or a copy that gave up may have cut one.
     """
     found = [c for c in Path(output_dir).glob("checkpoint-*/state.json") if not c.parent.name.endswith(".tmp")]
     if not found:
-        return {"step": 0, "num_tokens": 0}
+        return None, {"step": 0, "num_tokens": 0}
     newest = max(found, key=lambda c: int(c.parent.name.split("-")[1]))
-    state, folder, tag = json.loads(newest.read_text(encoding="utf-8")), newest.parent, "engine"
+    folder, advice = newest.parent, "remove this checkpoint, then the same command goes on from the one before"
+    try:
+        state = json.loads(newest.read_text(encoding="utf-8"))
+        files = {folder / name: size for name, size in state["files"].items()}
+    except (ValueError, KeyError):
+        raise SystemExit(f"{newest}: cut or damaged; want it as it was written; {advice}") from None
+    for file, size in files.items():
+        if not file.exists() or file.stat().st_size != size:
+            length = f"{file.stat().st_size:,} bytes" if file.exists() else "no file"
+            raise SystemExit(f"{file}: {length}; want {size:,} bytes, as it was written; {advice}")
+    return folder, state
+
+
+def resume(engine, output_dir):
+    """Loads the newest checkpoint of this run. Returns its state.json, or {"step": 0, "num_tokens": 0}.
+
+    With another number of ranks than it was saved by, DeepSpeed's universal form of it is made first.
+    """
+    folder, state = newest_checkpoint(output_dir)
+    if folder is None:
+        return state
+    tag = "engine"
     if state["world_size"] != dist.get_world_size():
         print0(f"{folder} is of {state['world_size']} ranks, now {dist.get_world_size()}: making its universal form")
         tag = "universal"
         if engine.global_rank == 0:
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
             shutil.rmtree(folder / tag, ignore_errors=True)
-            subprocess.run(
+            made = subprocess.run(
                 [*command, "--input_folder", str(folder / "engine"), "--output_folder", str(folder / tag)],
-                check=True, capture_output=True,
+                capture_output=True, text=True,
             )  # fmt: skip
+            if made.returncode:
+                raise SystemExit(
+                    f"{folder / tag}: not made ({(made.stderr.strip().splitlines() or ['killed'])[-1]}); want room for "
+                    "a second copy of the checkpoint, or the number of ranks that saved it"
+                )
         dist.barrier()
         engine._config.load_universal_checkpoint = True
     engine.load_checkpoint(str(folder), tag=tag)
@@ -2346,6 +2374,7 @@ def main():
                 "tensorboard",
             ),
         )
+        newest_checkpoint(out)  # a damaged one is named before weights are loaded
     if args.train_batch_size % world_size:
         raise SystemExit(
             f"--train_batch_size {args.train_batch_size}: not a multiple of {world_size} ranks; change one of them"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,34 @@ def test_sigterm_saves_and_the_same_command_goes_on(before, after, stage, undist
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     ours, theirs = (load_file(d / "final/model.safetensors") for d in (out, undisturbed))
     assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
+
+
+@pytest.mark.parametrize("file, size, message", [
+    ("engine/zero_pp_rank_0_mp_rank_00_optim_states.pt", 0.5, "bytes; want"),
+    ("model/model.safetensors", 0.9, "bytes; want"),
+    ("engine/mp_rank_00_model_states.pt", None, "no file; want"),
+    ("state.json", 0.5, "cut or damaged; want it as it was written"),
+])  # fmt: skip
+def test_a_checkpoint_cut_in_half_is_named_and_the_one_before_goes_on(
+    file, size, message, undisturbed, tiny_dir, synth_dir, tmp_path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(out / "final")
+    cut = next((out / "checkpoint-4").glob(file.replace("zero", "*zero")))
+    if size:
+        os.truncate(cut, int(cut.stat().st_size * size))
+    else:
+        cut.unlink()
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file() and f.name != ".lock"}
+    done = run_script("tests/grpo_letters.py", *arguments(tiny_dir, synth_dir, out), check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and str(cut) in done.stderr
+    assert message in done.stderr and "remove this checkpoint" in done.stderr and "DeepSpeed ZeRO" not in done.stdout
+    assert {f: f.read_bytes() for f in before} == before
+    if message.startswith("cut"):  # once is enough
+        shutil.rmtree(out / "checkpoint-4")
+        done = run_script("tests/grpo_letters.py", *arguments(tiny_dir, synth_dir, out))
+        assert f"resuming from {out}/checkpoint-2" in done.stdout
+        same_run(out, undisturbed)
 
 
 def test_troubles_are_named_once_with_their_cause():
