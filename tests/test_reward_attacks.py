@@ -5,11 +5,13 @@ block. format pays 0.5 for the blocks and 0.5 for the notation, whether the box 
 answers readable. So a wrong answer in the right form earns format, and that is meant; what it can never earn is iou.
 """
 
-import re
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_script
+from grpo_letters import released
 
 import train_grpo as g
 
@@ -123,19 +125,10 @@ def test_an_attack_is_paid_what_the_table_says(name):
     assert paid == pytest.approx({"iou": iou, "binary": binary, "dense_iou": dense, "format": form})
 
 
-def released_reward(text):
-    """The released reward as it is described (see above), for the one notation of box that it is known to read."""
-    answer = re.search("<answer>(.*?)</answer>", text, re.S)
-    boxes = re.findall(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", answer[1], re.A) if answer else []
-    iou = g.box_iou([int(v) for v in boxes[-1]], SAMPLE["bbox_1000"]) if boxes else 0.0
-    form = re.match(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.S)
-    return (iou if iou > 0.8 else 0.0) + 0.5 * (form is not None)
-
-
 def test_the_released_column_follows_from_its_rules():
-    for name, (text, *_, released) in ATTACKS.items():
-        if released is not None:
-            assert released_reward(text) == pytest.approx(released), name
+    for name, (text, *_, paid) in ATTACKS.items():
+        if paid is not None:
+            assert released(text, SAMPLE, ARGS) == pytest.approx(paid), name
 
 
 def test_no_attack_earns_more_than_the_honest_answer_and_hedges_earn_less():
@@ -186,3 +179,49 @@ def test_vision_tokens_cannot_be_sampled(tiny_dir):
     for temperature in (0, 1.0):
         token, logp = g.choose(logits, torch.linspace(0, 0.999, 9), banned, temperature)
         assert not torch.isin(token, banned).any() and torch.isfinite(logp).all()
+
+
+@pytest.fixture(scope="module")
+def half_honest(tiny_dir, synth_dir, tmp_path_factory):
+    """(policy, data): it looks at one picture; half of its answers point at the wrong thing, as it knows no better, the
+    other half say the right box in the reasoning and end with the wrong one.
+    """
+    root = tmp_path_factory.mktemp("half_honest")
+    row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
+    right, wrong = row["answer"], row["answer"].rpartition("<|box_start|>")[0] + "<|box_start|>(1,1),(9,9)<|box_end|>"
+    hack = f"<think>\n<answer>{right}</answer>\n</think> <answer>{wrong}</answer>"
+    for name, answers in (("taught", (answered(wrong), hack)), ("asked", (answered(right),))):
+        (root / name).mkdir()
+        (root / name / "images").symlink_to(synth_dir / "images")
+        with open(root / name / "samples.jsonl", "w") as file:
+            for i, text in enumerate(answers * 2):
+                turns = (("user", f"<image>{row['question']}{g.R1_SUFFIX}"), ("assistant", text))
+                messages = [{"role": role, "content": content} for role, content in turns]
+                print(json.dumps(row | {"id": f"{name}{i}", "messages": messages}), file=file)
+    flags = ("--max_steps", 300, "--train_batch_size", 4, "--learning_rate", 3e-3, "--save_steps", 0)
+    data = ("--data", root / "taught/samples.jsonl", "--output_dir", root / "policy")
+    run_script("train_sft.py", "--model", tiny_dir, *data, *flags)
+    return root / "policy/final", root / "asked/samples.jsonl"
+
+
+@pytest.mark.parametrize("rewards", [("released",), ("iou", "format")])
+def test_a_policy_learns_the_hack_from_the_released_reward_and_drops_it_under_ours(rewards, half_honest, tmp_path):
+    """The released reward reads the first answer block, also inside the reasoning; ours reads the one answer."""
+    policy, data = half_honest
+    flags = ("--max_steps", 25, "--train_batch_size", 2, "--num_generations", 8, "--learning_rate", 1e-4,
+             "--max_completion_length", 120, "--lr_scheduler", "constant", "--save_steps", 0)  # fmt: skip
+    run_script("tests/grpo_letters.py", "--model", policy, "--data", data, "--output_dir", tmp_path,
+               "--reward_funcs", *rewards, *flags)  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+
+    def hacks(steps):
+        texts = [(c["text"], SAMPLE | row) for row in rows if row["step"] in steps for c in row["completions"]]
+        paid = [
+            released(t, s, ARGS) == 1.5 and g.iou_reward(t, s, ARGS) + g.format_reward(t, s, ARGS) == 0
+            for t, s in texts
+        ]
+        return sum(paid) / len(paid)
+
+    before, after = hacks(range(1, 3)), hacks(range(21, 26))
+    assert 0.15 < before < 0.85
+    assert after > 0.6 if rewards == ("released",) else after < 0.15
