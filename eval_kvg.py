@@ -2085,6 +2085,7 @@ def stored_answers(out, job="predictions"):
 
 
 # ---- model ----
+# >>> shared:fingerprint (source)
 def weights_md5(model):
     """Fingerprint of a local model folder, from 64 places of every weight file; '' for a hub name."""
     digest, files = hashlib.md5(), sorted(Path(model).glob("*.safetensors"))
@@ -2095,6 +2096,9 @@ def weights_md5(model):
                 f.seek(size * i // 64)
                 digest.update(f.read(4096))
     return digest.hexdigest() if files else ""
+
+
+# <<< shared:fingerprint
 
 
 def answer_cases(model, tokenizer, image_processor, style, samples, path, args):
@@ -2850,6 +2854,8 @@ def main():
         print0(f"eval_kvg: {count} cases, {count - left} answered before, {world_size} ranks on {device.type}")
         if left:
             tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+            for s in samples:
+                resized_size(image_processor, s["image"])  # what is no image is named before weights are loaded
             model = load_model(args.model, args.dtype, device)
             since = time.time()
             for job, cases in todo.items():

@@ -1294,12 +1294,29 @@ def draw_pass_rates(rates, k, kept, path):
 
 
 # ---- the model's answers ----
+# >>> shared:fingerprint (copy of eval_kvg.py)
+def weights_md5(model):
+    """Fingerprint of a local model folder, from 64 places of every weight file; '' for a hub name."""
+    digest, files = hashlib.md5(), sorted(Path(model).glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(size * i // 64)
+                digest.update(f.read(4096))
+    return digest.hexdigest() if files else ""
+
+
+# <<< shared:fingerprint
+
+
 def measure(questions, args, out, generations, temperature, score):
     """{id: score(question, texts)} by rollouts; every rank appends what it finished, so that a killed run goes on.
 
     Shapes: questions: dicts with id, image, text, and bbox_px if the image is cut to it -> texts: G strings.
     """
     style = check_model(args.model)
+    args.weights_md5 = weights_md5(args.model)  # a killed run goes on with the same model alone
     rank, world_size, device = init_dist(args.timeout_minutes)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -1310,6 +1327,8 @@ def measure(questions, args, out, generations, temperature, score):
     todo = [q for q in questions if q["id"] not in done][rank::world_size]
     if todo:
         tokenizer, image_processor = load_processors(args.model, args.max_pixels)
+        for q in questions:
+            resized_size(image_processor, q["image"])  # what is no image is named before weights are loaded
         model = load_model(args.model, args.dtype, device)
 
         def model_inputs(q):

@@ -609,6 +609,28 @@ def test_scripts_say_it_in_one_line(synth_dir, tiny_dir, tmp_path):
     refused(run_script("filter.py", *flags, "--out", tmp_path / "f", check=False), "not a whole file")
 
 
+def test_what_is_no_image_is_named_before_weights_are_loaded(synth_dir, tiny_dir, tmp_path):
+    shutil.copytree(synth_dir, tmp_path / "s")
+    (tmp_path / "s/images/000005.png").write_bytes(b"no picture")
+    rows = ("--model", tiny_dir, "--max_completion_length", 4)
+    for command in (("eval_kvg.py", "--bench"), ("filter.py", "--stage", "grpo", "--samples")):
+        out = tmp_path / command[0]
+        done = run_script(*command, tmp_path / "s/samples.jsonl", *rows, "--out", out, check=False)
+        refused(done, "images/000005.png: unreadable (cannot identify image file")
+        assert not any(f.stat().st_size for f in out.glob("part-*"))
+
+
+def test_a_stopped_filter_does_not_go_on_with_another_model(synth_dir, tiny_dir, tmp_path):
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    flags = ("--stage", "grpo", "--samples", synth_dir / "samples.jsonl", "--max_completion_length", 4)
+    run_script("filter.py", *flags, "--model", model, "--out", tmp_path / "f", check=False)
+    with open(model / "model.safetensors", "r+b") as f:
+        f.seek(os.path.getsize(f.name) // 2)
+        f.write(bytes(64))
+    done = run_script("filter.py", *flags, "--model", model, "--out", tmp_path / "f", check=False)
+    refused(done, "--weights_md5 was")
+
+
 def test_composites_of_odd_sources(tmp_path):
     """CMYK, 16 bits, transparency, an animation and a turned photo, under names that need escaping."""
     exif, sources = Image.Exif(), {}
