@@ -10,6 +10,7 @@
 #                                   DATA is a folder category/entity/* with boxes.jsonl; BOX_MODEL=Qwen/Qwen2-VL-7B-Instruct makes the
 #                                   boxes that it lacks, on every GPU
 #   bash run_all.sh test | setup    the tests | the environment alone
+#   bash run_all.sh study           the toy world over several seeds: every table of the README's results; see tests/toy/study.py
 #   FROM=train_grpo bash run_all.sh forget     forgets this stage and all after it; a finished stage is skipped, a killed one goes on
 #   FROM=train_grpo bash run_all.sh            the same, and goes on from there (one node)
 #
@@ -64,8 +65,9 @@ case "${1:-all}" in
         >/dev/null 2>&1 || echo "chromium could not be installed; the report is not tested in a browser"
     fi
     exec "$PY" -m pytest -q -n 2 --dist loadfile tests ;;
+  study) shift; exec "$PY" tests/toy/study.py "$@" ;;
   all|forget) ;;
-  *) echo "usage: bash run_all.sh [setup|test|forget]" >&2; exit 2 ;;
+  *) echo "usage: bash run_all.sh [setup|test|study|forget]" >&2; exit 2 ;;
 esac
 # ---- where, with what ----
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}

@@ -2,12 +2,14 @@
 
   python tests/toy/toy_world.py --out runs/toy/world --seed 0
 
-writes  train/category/entity/*.png with train/boxes.jsonl, knowledge.json, kvg-bench.parquet. Seconds; no downloads.
+writes  train/category/entity/*.png with train/boxes.jsonl, knowledge.json, kvg-bench.parquet, and natural.parquet with
+--natural: the same kind of questions about free places, overlap and clutter. Seconds; no downloads.
 A category is a shape, an entity is one (body colour, band colour) of it. The unseen categories never occur in train/.
 """
 
 import argparse
 import io
+import itertools
 import json
 import random
 import sys
@@ -88,6 +90,39 @@ def make_scene(looks, rng):
     return canvas, placed
 
 
+def natural_scene(looks, rng):
+    """As make_scene, but unlike every composite: no grid, boxes overlap by up to a quarter, clutter all over."""
+    (width, height), placed = SCENE.canvas_size, []
+    canvas = synth_data.background_of("gradient", (width, height), rng)
+
+    def clutter(strokes):
+        for _ in range(strokes):
+            x, y, color = rng.randrange(width), rng.randrange(height), tuple(rng.randrange(256) for _ in range(3))
+            end = x + rng.randint(-14, 14), y + rng.randint(-14, 14)
+            ImageDraw.Draw(canvas).line((x, y, *end), fill=color, width=rng.randint(1, 3))
+
+    def overlap(a, b):
+        w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+        return max(w, 0) * max(h, 0) / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+
+    clutter(16)
+    for look in looks:
+        image, box = sprite(look, rng)
+        image = image.crop(box)
+        for attempt in itertools.count():
+            scale = rng.uniform(0.5, 0.9) * 0.99**attempt
+            w, h = (round(scale * side) for side in image.size)
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            box = (x, y, x + w, y + h)
+            if all(overlap(box, other) <= 0.25 for other in placed):
+                break
+        piece = image.resize((w, h), Image.Resampling.BICUBIC)
+        canvas.paste(piece, (x, y), piece)
+        placed.append(box)
+    clutter(6)
+    return canvas, placed
+
+
 def write_train(out, per_entity, seed):
     """category/entity/*.png and boxes.jsonl for the seen categories."""
     boxes = []
@@ -103,8 +138,8 @@ def write_train(out, per_entity, seed):
     (out / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes), encoding="utf-8")
 
 
-def write_bench(path, images_per_category, seed):
-    """kvg-bench.parquet with KVG-Bench's columns: 2 to 6 entities per image, two questions per image."""
+def write_bench(path, images_per_category, seed, scene=make_scene):
+    """A parquet with KVG-Bench's columns: 2 to 6 entities per image, two questions per image."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -113,7 +148,7 @@ def write_bench(path, images_per_category, seed):
         for i in range(images_per_category[category in UNSEEN]):
             rng = random.Random(f"{seed}:bench:{category}:{i}")
             names = rng.sample([n for n in ENTITIES if ENTITIES[n][0] == category], rng.randint(2, 6))
-            canvas, boxes = make_scene([ENTITIES[n] for n in names], rng)
+            canvas, boxes = scene([ENTITIES[n] for n in names], rng)
             data = io.BytesIO()
             canvas.save(data, "PNG")
             for target in rng.sample(range(len(names)), 2):
@@ -131,6 +166,7 @@ def main():
     p.add_argument(
         "--bench_images", type=int, nargs=2, default=[40, 60], metavar=("SEEN", "UNSEEN"), help="images per category"
     )
+    p.add_argument("--natural", action="store_true", help="write natural.parquet too")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     out = Path(args.out)
@@ -139,6 +175,8 @@ def main():
     knowledge = {n: {"category": look[0], "description": describe(look)} for n, look in ENTITIES.items()}
     (out / "knowledge.json").write_text(json.dumps(knowledge, indent=1) + "\n", encoding="utf-8")
     write_bench(out / "kvg-bench.parquet", args.bench_images, args.seed)
+    if args.natural:
+        write_bench(out / "natural.parquet", args.bench_images, args.seed, natural_scene)
     print(f"toy_world: {len(ENTITIES)} entities in {len(SEEN)} seen and {len(UNSEEN)} unseen categories -> {out}")
 
 

@@ -1,0 +1,416 @@
+"""The questions of the paper, answered in the toy world: every table of the README's results, over several seeds.
+
+  bash run_all.sh study            about 2.5 hours on 2 CPU cores; also: python tests/toy/study.py --out runs/study
+  python tests/toy/study.py --out runs/study --report        the tables of what is finished, at any time
+
+A job is one command of the pipeline with a folder of its own, runs/study/SEED/NAME; `jobs_of` lists those of a seed. It
+starts when the jobs whose folders it reads are finished, as many at once as there are cores, one thread each. Finished
+jobs are skipped, trainers go on from their checkpoints: the same command continues after a stop. results.json holds the
+numbers, results.md the tables.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+TOY = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOY), str(TOY.parents[1])]
+import toy_world as world  # noqa: E402
+
+BASE = TOY / "base"
+SCENE = ("--canvas_size", 168, 112, "--grid", 3, 2, "--background", "gradient")
+PLAIN = ("--layouts", "grid", "--entity_scale", 0.6, 0.95)
+VARIED = ("--layouts", "grid", "random", "--entity_scale", 0.4, 0.95, "--color_jitter", 0.15, "--jpeg_quality", 60, 95)
+SFT = ("--learning_rate", 1e-3, "--train_batch_size", 32, "--tokens_per_row", 8192, "--save_steps", 25)
+LENGTH = ("--max_completion_length", 320)
+STEPS, PROMPTS = 40, 16
+GRPO = ("--train_batch_size", PROMPTS, "--num_generations", 8, *LENGTH, "--max_steps", STEPS, "--learning_rate", 1e-4,
+        "--lr_scheduler", "constant", "--iou_threshold", 0.5, "--save_steps", 10, "--log_completions", 0)  # fmt: skip
+N_SFT, N_GRPO = 1600, 640
+MORE = ("--max_steps", STEPS * PROMPTS // 32)  # CoT-SFT continued: as many samples as GRPO's prompts
+HELD_OUT = "disc"  # a seen category that one run does without
+DIRECT = ("base", "sft", "unknown_sft", "novel_sft")  # answer without reasoning
+CORRUPTIONS = (("noise", 2), ("color", 2), ("seams", 2))
+# what differs from the GRPO of the main comparison; `knowledge` is the mastery.json of the filter
+ARMS = {
+    "binary": ("--reward_funcs", "binary", "format"),
+    **{f"iou_{t}": ("--iou_threshold", t) for t in (0, 0.65, 0.8, 0.85)},
+    "unfiltered": (),
+    "g2": ("--num_generations", 2),
+    "g4": ("--num_generations", 4),
+    "beta_0.04": ("--beta", 0.04),
+    "dapo": ("--loss_type", "dapo"),
+    "dr_grpo": ("--loss_type", "dr_grpo"),
+    "karl_advantage": ("knowledge", "--knowledge_form", "advantage"),
+    "karl_reward": ("knowledge", "--knowledge_form", "reward", "--iou_threshold", 0.65),
+    "lr_5e-4": ("--learning_rate", 5e-4),
+}
+
+
+# ---- jobs ----
+def jobs_of(seed, out, arms):
+    """{name: command} of one seed; with `arms` all experiments, else the main comparison alone. A command names its own
+    folder and those that it reads.
+    """
+    root, jobs = f"{out}/{seed}", {}
+
+    def add(name, script, *flags, folder="--out", seed=seed):
+        jobs[name] = [script, *map(str, flags), folder, f"{root}/{name}", "--seed", str(seed)]
+
+    def synth(name, n, seed, *flags):
+        add(name, "synth_data.py", "--source", f"{root}/world/train", "--num_samples", n, *SCENE, *flags,
+            "--num_workers", 1, seed=seed)  # fmt: skip
+
+    def chains(name, composites):
+        add(name, "gen_cot.py", "--samples", f"{root}/{composites}/samples.jsonl", "--knowledge",
+            f"{root}/world/knowledge.json")  # fmt: skip
+
+    def sft(name, model, data, *flags):
+        add(name, "train_sft.py", "--model", model, "--data", f"{root}/{data}/samples.jsonl", *SFT, *flags,
+            folder="--output_dir")  # fmt: skip
+
+    def grpo(name, model, data, *flags):
+        add(name, "train_grpo.py", "--model", f"{root}/{model}/final", "--data", f"{root}/{data}/samples.jsonl", *GRPO,
+            *flags, folder="--output_dir")  # fmt: skip
+        evaluate(name)
+
+    def pass_rates(name, model, composites):
+        add(name, "filter.py", "--stage", "grpo", "--model", f"{root}/{model}/final", "--samples",
+            f"{root}/{composites}/samples.jsonl", *LENGTH)  # fmt: skip
+
+    def evaluate(model, name="", *flags, bench="kvg-bench", path=None):
+        prompt = "direct" if model in DIRECT else "r1"
+        add(f"eval_{model}{name}", "eval_kvg.py", "--model", path or f"{root}/{model}/final", "--bench",
+            f"{root}/world/{bench}.parquet", "--prompt", prompt, "--seen", *world.SEEN, *LENGTH, *flags)  # fmt: skip
+
+    # 1. base, SFT, CoT-SFT, CoT-SFT continued, GRPO
+    add("world", "tests/toy/toy_world.py", "--natural")
+    synth("synth_sft", N_SFT, seed, *PLAIN)
+    chains("cot", "synth_sft")
+    synth("synth_grpo", N_GRPO, seed + 1000, *PLAIN)
+    evaluate("base", path=BASE)
+    sft("sft", BASE, "cot", "--target", "direct")
+    sft("cot_sft", BASE, "cot")
+    for model in ("sft", "cot_sft"):
+        evaluate(model)
+    pass_rates("filter", "cot_sft", "synth_grpo")
+    chains("cot_more", "filter")
+    sft("cot_sft_more", f"{root}/cot_sft/final", "cot_more", *MORE)
+    evaluate("cot_sft_more")
+    grpo("grpo", "cot_sft", "filter")
+    if not arms:
+        return jobs
+    # 2. what matters in GRPO
+    for arm, flags in ARMS.items():
+        known = ("--knowledge", f"{root}/filter/mastery.json") if "knowledge" in flags else ()
+        data = "synth_grpo" if arm == "unfiltered" else "filter"
+        grpo(f"grpo_{arm}", "cot_sft", data, *(f for f in flags if f != "knowledge"), *known)
+    # a seen category that is held out of both stages
+    others = ("--categories", *(c for c in world.SEEN if c != HELD_OUT))
+    synth("without_synth", N_SFT, seed, *PLAIN, *others)
+    chains("without_cot", "without_synth")
+    sft("without_cot_sft", BASE, "without_cot")
+    evaluate("without_cot_sft")
+    synth("without_synth2", N_GRPO, seed + 1000, *PLAIN, *others)
+    pass_rates("without_filter", "without_cot_sft", "without_synth2")
+    grpo("without_grpo", "without_cot_sft", "without_filter")
+    # 3. entities that the base knows nothing of
+    add("unknown_base", "tests/toy/study.py", folder="--unknown")
+    sft("unknown_sft", f"{root}/unknown_base", "cot", "--target", "direct")
+    sft("unknown_cot_sft", f"{root}/unknown_base", "cot")
+    pass_rates("unknown_filter", "unknown_cot_sft", "synth_grpo")
+    grpo("unknown_grpo", "unknown_cot_sft", "unknown_filter")
+    for model in ("unknown_sft", "unknown_cot_sft"):
+        evaluate(model)
+    # 4. spoilt and natural pictures, with and without options against shortcuts; entities that no sample shows
+    synth("varied_synth", N_SFT, seed, *VARIED)
+    chains("varied_cot", "varied_synth")
+    sft("varied_cot_sft", BASE, "varied_cot")
+    evaluate("varied_cot_sft")
+    for model in ("sft", "cot_sft", "grpo", "varied_cot_sft"):
+        for kind, strength in CORRUPTIONS:
+            evaluate(model, f"_{kind}", "--corrupt", kind, "--corrupt_strength", strength)
+        evaluate(model, "_natural", bench="natural")
+    synth("novel_synth", N_SFT, seed, *PLAIN, "--holdout_entities", 0.25)
+    chains("novel_cot", "novel_synth")
+    sft("novel_cot_sft", BASE, "novel_cot")
+    sft("novel_sft", BASE, "novel_cot", "--target", "direct")
+    for model in ("novel_cot_sft", "novel_sft"):
+        evaluate(model)
+    return jobs
+
+
+def make_unknown(folder, seed):
+    """The base without the knowledge of half of the names of every category; unknown.json lists them.
+
+    A name is one token: its embedding, the only place that tells it from other names, is drawn anew.
+    """
+    import make_toy
+    import torch
+
+    model = make_toy.Qwen2VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    rng, table = random.Random(seed), model.get_input_embeddings().weight.data
+    groups = [[n for n in world.ENTITIES if world.ENTITIES[n][0] == c] for c in world.SEEN + world.UNSEEN]
+    unknown = {n for names in groups for n in rng.sample(names, len(names) // 2)}
+    torch.manual_seed(seed)
+    for name in sorted(unknown):
+        (token,) = make_toy.TOKENIZER.encode(name)
+        table[token] = torch.randn_like(table[token]) * table.std()
+    for known in (True, False):
+        turns = [make_toy.know_turn(n) for n in world.ENTITIES if (n not in unknown) == known]
+        got = make_toy.answers(model, [q for q, _ in turns])
+        right = mean(text == answer for text, (_, answer) in zip(got, turns, strict=True))
+        print(f"{'known' if known else 'unknown'}: {len(turns)} names, {100 * right:.1f} % described right")
+    for part in (model, make_toy.TOKENIZER, make_toy.PROCESSOR):
+        part.save_pretrained(folder)
+    (Path(folder) / "unknown.json").write_text(json.dumps(sorted(unknown)) + "\n")
+
+
+def needs(name, command, out):
+    """Names of the jobs whose folders a command reads."""
+    folders = {Path(a).relative_to(out).parts[:2] for a in command if a.startswith(f"{out}/")}
+    return {"/".join(parts) for parts in folders} - {name}
+
+
+def run_jobs(jobs, out, at_once):
+    """Runs all jobs that are not done; stops at the first that fails. Returns whether all are done."""
+    running, began = {}, time.time()
+    done = {name for name in jobs if (out / name / "seconds").exists()}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once)), "TOKENIZERS_PARALLELISM": "false"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("study: stopped; the same command goes on"))
+    try:
+        while len(done) < len(jobs):
+            for name, command in jobs.items():
+                free = len(running) < at_once and name not in done | running.keys()
+                if free and needs(name, command, out) <= done:
+                    (out / name).mkdir(parents=True, exist_ok=True)
+                    log = open(out / f"{name}.log", "a")
+                    process = subprocess.Popen(
+                        [sys.executable, *command], stdout=log, stderr=log, cwd=TOY.parents[1], env=env
+                    )
+                    running[name] = process, time.time()
+            time.sleep(0.2)
+            for name, (process, since) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    print(f"{name} failed: {' '.join(jobs[name])}\n{(out / f'{name}.log').read_text()[-2000:]}")
+                    return False
+                (out / name / "seconds").write_text(f"{time.time() - since:.1f}\n")
+                for checkpoint in (out / name).glob("checkpoint-*"):
+                    shutil.rmtree(checkpoint)
+                done.add(name)
+                print(
+                    f"{len(done)}/{len(jobs)} {name} {time.time() - since:.0f} s, {(time.time() - began) / 60:.0f} min",
+                    flush=True,
+                )
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    return True
+
+
+# ---- tables ----
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % points at 1, 2, ... degrees
+
+
+def interval(values):
+    """(mean, half width of the 95 % interval over seeds); half is None for a single seed."""
+    n = len(values)
+    return mean(values), T_95[n - 2] * stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def cell(values, sign=""):
+    if not values:
+        return "-"
+    middle, half = interval(values)
+    around = "" if half is None else f" ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
+    return f"{middle:{sign}.1f}{around}"
+
+
+def table(head, rows):
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
+
+
+class Results:
+    """Scores of the finished jobs, by seed; every number that is asked for is kept for results.json."""
+
+    def __init__(self, out, seeds):
+        self.out, self.seeds, self.numbers = out, seeds, {}
+
+    def having(self, *names):
+        """Seeds for which all of these jobs are done."""
+        return [s for s in self.seeds if all((self.out / f"{s}/{n}/seconds").exists() for n in names)]
+
+    def predictions(self, seed, model):
+        lines = (self.out / f"{seed}/eval_{model}/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def score(self, seed, model, split="all", key="acc"):
+        """In percent."""
+        metrics = json.loads((self.out / f"{seed}/eval_{model}/metrics.json").read_text(encoding="utf-8"))
+        return 100 * (metrics[split] if split in metrics else metrics["categories"][split])[key]
+
+    def keep(self, name, values):
+        self.numbers[name] = {"seeds": len(values), "values": [round(v, 3) for v in values]}
+        return values
+
+    def scores(self, model, split="all", key="acc"):
+        found = [self.score(s, model, split, key) for s in self.having(f"eval_{model}")]
+        return cell(self.keep(f"{model}/{split}/{key}", found))
+
+    def gain(self, model, other, split="all", key="acc"):
+        """model - other, paired by seed."""
+        seeds = self.having(f"eval_{model}", f"eval_{other}")
+        found = [self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds]
+        return cell(self.keep(f"{model} - {other}/{split}/{key}", found), "+")
+
+    def share(self, name, model, chosen, counted):
+        """% of the answers `chosen` that are `counted`, both functions of a row of predictions.jsonl and the seed."""
+        found = []
+        for seed in self.having(f"eval_{model}"):
+            rows = [r for r in self.predictions(seed, model) if chosen(r, seed)]
+            if rows:
+                found.append(100 * mean(bool(counted(r, seed)) for r in rows))
+        return cell(self.keep(f"{model}/{name}", found))
+
+    def rollouts(self, model, first, last, key="acc@0.5"):
+        """Mean over these steps of training, in percent."""
+        found = []
+        for seed in self.having(model):
+            lines = (self.out / f"{seed}/{model}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            found.append(100 * mean(json.loads(line)[key] for line in lines[first:last]))
+        return cell(self.keep(f"{model}/rollouts/{key}/{first}:{last}", found))
+
+    def seconds(self, model):
+        return [float((self.out / f"{s}/{model}/seconds").read_text()) for s in self.having(model)]
+
+
+def recalled(response):
+    """What the reasoning says that the target looks like: its first "is a ... band"."""
+    found = re.search(r"is (a \w+ \w+ with a \w+ band)", response)
+    return found and found[1]
+
+
+def report(out, seeds):
+    """The tables as Markdown, and all their numbers."""
+    r, splits, text = Results(out, seeds), ("seen", "unseen", "all"), ""
+    models = ("base", "sft", "cot_sft", "cot_sft_more", "grpo")
+    text += "### The paper's comparison\n\n" + table(
+        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU, % of 1", "parsed %"],
+        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits), r.scores(m, key="mean_iou"),
+          r.scores(m, key="parse_rate")] for m in models],
+    )  # fmt: skip
+    pairs = (("cot_sft", "sft"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft"), ("grpo", "cot_sft_more"))
+    text += table(
+        ["points, paired by seed", *splits, "mean IoU"],
+        [[f"{a} - {b}", *(r.gain(a, b, s) for s in splits), r.gain(a, b, key="mean_iou")] for a, b in pairs],
+    )
+    text += "### What matters in GRPO\n\n" + table(
+        ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo",
+         "rollouts right, first 10 steps %", "last 10 steps %", "minutes"],
+        [[arm, len(r.having(f"eval_{arm}")), r.scores(arm), *(r.gain(arm, "grpo", s) for s in ("all", "unseen")),
+          r.gain(arm, "grpo", key="mean_iou"), r.rollouts(arm, 0, 10), r.rollouts(arm, STEPS - 10, STEPS),
+          f"{mean(r.seconds(arm) or [math.nan]) / 60:.1f}"] for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
+    )  # fmt: skip
+    pairs = (("cot_sft", "without_cot_sft"), ("grpo", "without_grpo"))
+    text += f"### {HELD_OUT} held out of training\n\n" + table(
+        ["model", f"{HELD_OUT} %", "other seen %", "unseen %"],
+        [[m, r.scores(m, HELD_OUT),
+          r.share("other seen", m, lambda x, _: x["category"] in world.SEEN and x["category"] != HELD_OUT,
+                  lambda x, _: x["correct"]), r.scores(m, "unseen")] for pair in pairs for m in pair],
+    )  # fmt: skip
+
+    def lost(seed):
+        return json.loads((out / f"{seed}/unknown_base/unknown.json").read_text())
+
+    def group(known, split):
+        return lambda x, seed: (
+            (x["entity"] not in lost(seed)) == known and (x["category"] in world.SEEN) == (split == "seen")
+        )
+
+    groups = [(known, split) for split in ("seen", "unseen") for known in (True, False)]
+    names = [f"{'known' if known else 'unknown'}, {split}" for known, split in groups]
+    text += "### Entities that the base knows, and that it does not\n\n" + table(
+        ["model", *(f"{n} %" for n in names)],
+        [[m, *(r.share(n, m, group(*g), lambda x, _: x["correct"]) for n, g in zip(names, groups, strict=True))]
+         for m in ("unknown_sft", "unknown_cot_sft", "unknown_grpo")],
+    )  # fmt: skip
+    kinds = [f"_{kind}" for kind, _ in CORRUPTIONS] + ["_natural"]
+    text += "### Other pictures than in training\n\n" + table(
+        ["model", "clean, all %", *(f"{kind[1:]}, all %" for kind in kinds)],
+        [
+            [m, r.scores(m), *(r.scores(m + kind) for kind in kinds)]
+            for m in ("sft", "cot_sft", "varied_cot_sft", "grpo")
+        ],
+    )
+
+    def shown(seed):
+        lines = (out / f"{seed}/novel_synth/samples.jsonl").read_text(encoding="utf-8").splitlines()
+        return {e["entity"] for line in lines for e in json.loads(line)["entities"]}
+
+    entities = {seed: shown(seed) for seed in r.having("novel_synth")}
+    text += "### Entities of seen categories that no sample shows\n\n" + table(
+        ["model", "shown %", "novel %", "unseen categories %"],
+        [[m, *(r.share(name, m, lambda x, s, is_shown=is_shown: x["category"] in world.SEEN
+                       and (x["entity"] in entities[s]) == is_shown, lambda x, _: x["correct"])
+               for name, is_shown in (("shown", True), ("novel", False))), r.scores(m, "unseen")]
+         for m in ("novel_sft", "novel_cot_sft")],
+    )  # fmt: skip
+
+    faults = {
+        "another look recalled": lambda x, _: recalled(x["response"]) != world.describe(world.ENTITIES[x["entity"]]),
+        "reasoning contradicts": lambda x, _: x["reasoning_contradicts"],
+    }
+    text += "### Right answer, wrong reasoning\n\n" + table(
+        ["model", *(f"of {kind} answers: {fault} %" for kind in ("right", "wrong") for fault in faults)],
+        [[m, *(r.share(f"{fault} of {kind}", m, lambda x, _, right=right: x["correct"] == right, counted)
+               for kind, right in (("right", True), ("wrong", False)) for fault, counted in faults.items())]
+         for m in ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")],
+    )  # fmt: skip
+    minutes = sum(float(p.read_text()) for p in out.glob("*/*/seconds")) / 60
+    text += f"{len(list(out.glob('*/*/seconds')))} jobs, {minutes:.0f} minutes of one core each.\n"
+    return text, r.numbers
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", default="runs/study", help="folder of all runs; an interrupted study is continued")
+    p.add_argument("--seeds", type=int, default=5, help="of the main comparison: 0, 1, ...")
+    p.add_argument("--arm_seeds", type=int, default=3, help="of all experiments")
+    p.add_argument("--at_once", type=int, default=os.cpu_count(), help="jobs that run at a time")
+    p.add_argument("--report", action="store_true", help="only write the tables of what is finished")
+    p.add_argument("--unknown", metavar="FOLDER", help="write the base without half of its knowledge, and stop")
+    p.add_argument("--seed", type=int, default=0, help="of --unknown")
+    args = p.parse_args()
+    if args.unknown:
+        return make_unknown(args.unknown, args.seed)
+    out, finished = Path(args.out).resolve(), True
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        parts = [(s, False) for s in range(args.seeds)] + [(s, True) for s in range(args.arm_seeds)]  # in this order
+        jobs = {f"{s}/{name}": command for s, arms in parts for name, command in jobs_of(s, out, arms).items()}
+        finished = run_jobs(jobs, out, args.at_once)
+    text, numbers = report(out, list(range(args.seeds)))
+    (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (out / "results.md").write_text(text)
+    print(f"{text}study: {out / 'results.md'}, {out / 'results.json'}")
+    sys.exit(not finished)
+
+
+if __name__ == "__main__":
+    main()
