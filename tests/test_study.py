@@ -1,0 +1,74 @@
+"""The study of the toy world: commands that the scripts take, in an order that works, resumed after a stop."""
+
+import importlib
+import json
+
+import pytest
+import study
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    return {f"0/{name}": command for name, command in study.jobs_of(0, tmp_path, arms=True).items()}
+
+
+def test_every_command_is_one_that_its_script_takes(jobs):
+    for name, (script, *flags) in jobs.items():
+        if not script.startswith("tests/"):
+            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
+
+
+def test_the_jobs_can_run_in_some_order(jobs, tmp_path):
+    done, waits = set(), {name: study.needs(name, command, tmp_path) for name, command in jobs.items()}
+    assert waits["0/world"] == waits["0/eval_base"] - {"0/world"} == set()
+    assert waits["0/cot_sft_more"] == {"0/cot_sft", "0/cot_more"}
+    while len(done) < len(jobs):
+        ready = {name for name in jobs if name not in done and waits[name] <= done}
+        assert ready, set(jobs) - done
+        done |= ready
+
+
+def test_the_main_comparison_sees_equally_many_samples(jobs):
+    def flag(name, key):
+        command = jobs[name]
+        return int(command[len(command) - 1 - command[::-1].index(key) + 1])
+
+    assert flag("0/synth_sft", "--num_samples") == study.N_SFT
+    more, grpo = "0/cot_sft_more", "0/grpo"
+    assert flag(more, "--max_steps") * flag(more, "--train_batch_size") == flag(grpo, "--max_steps") * study.PROMPTS
+
+
+def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
+    out, given = tmp_path / "out", tmp_path / "given"
+    copy = [
+        "-c",
+        "import pathlib, sys; pathlib.Path(sys.argv[1], 'x').write_text(pathlib.Path(sys.argv[2]).read_text())",
+    ]
+    jobs = {"0/b": [*copy, f"{out}/0/b", f"{out}/0/a/x"], "0/a": [*copy, f"{out}/0/a", str(given)]}
+    assert not study.run_jobs(jobs, out, at_once=2)
+    assert "0/a failed" in capsys.readouterr().out and not (out / "0/b").exists()
+    given.write_text("x")
+    assert study.run_jobs(jobs, out, at_once=2) and (out / "0/b/x").read_text() == "x"
+    given.unlink()
+    assert study.run_jobs(jobs, out, at_once=2)
+
+
+def test_the_tables_say_what_the_runs_say(tmp_path):
+    """Two seeds with known scores: mean, Student's interval, paired difference; what is not finished is left out."""
+    for seed, accs in enumerate(((0.5, 0.7), (0.6, 0.9))):
+        for model, acc in zip(("sft", "cot_sft"), accs, strict=True):
+            folder = tmp_path / f"{seed}/eval_{model}"
+            folder.mkdir(parents=True)
+            scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
+            (folder / "metrics.json").write_text(json.dumps({k: scores for k in ("all", "seen", "unseen", "disc")}))
+            rows = [{"correct": True, "response": "Lo is a red disc with a white band", "entity": "Penika",
+                     "category": "disc", "reasoning_contradicts": False}]  # fmt: skip
+            (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            (folder / "seconds").write_text("60\n")
+    results = study.Results(tmp_path, [0, 1, 2])
+    assert results.scores("sft") == "55.0 (-8.5 to 118.5)" and results.scores("grpo") == "-"
+    assert results.gain("cot_sft", "sft") == "+25.0 (-38.5 to +88.5)"
+    text, numbers = study.report(tmp_path, [0, 1, 2])
+    assert "| cot_sft | 2 | 80.0" in text and "4 jobs, 4 minutes" in text
+    assert numbers["cot_sft - sft/all/acc"] == {"seeds": 2, "values": [20.0, 30.0]}
