@@ -69,6 +69,9 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     results = study.Results(tmp_path, [0, 1, 2])
     assert results.scores("sft") == "55.0 (-8.5 to 118.5)" and results.scores("grpo") == "-"
     assert results.gain("cot_sft", "sft") == "+25.0 (-38.5 to +88.5)"
+    for seed in "01":
+        (tmp_path / seed / "world").mkdir()
+        (tmp_path / seed / "world/seconds").write_text("60\n")
     text, numbers = study.report(tmp_path, [0, 1, 2])
-    assert "| cot_sft | 2 | 80.0" in text and "4 jobs, 4 minutes" in text
-    assert numbers["cot_sft - sft/all/acc"] == {"seeds": 2, "values": [20.0, 30.0]}
+    assert "| cot_sft | 2 | 80.0" in text and "6 jobs, 6 minutes" in text
+    assert numbers["The paper's comparison"]["cot_sft - sft, all, acc"] == [20.0, 30.0]

@@ -224,21 +224,7 @@ def run_jobs(jobs, out, at_once):
 
 
 # ---- tables ----
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % points at 1, 2, ... degrees
-
-
-def interval(values):
-    """(mean, half width of the 95 % interval over seeds); half is None for a single seed."""
-    n = len(values)
-    return mean(values), T_95[n - 2] * stdev(values) / math.sqrt(n) if n > 1 else None
-
-
-def cell(values, sign=""):
-    if not values:
-        return "-"
-    middle, half = interval(values)
-    around = "" if half is None else f" ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
-    return f"{middle:{sign}.1f}{around}"
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % points, 2 seeds and more
 
 
 def table(head, rows):
@@ -247,7 +233,7 @@ def table(head, rows):
 
 
 class Results:
-    """Scores of the finished jobs, by seed; every number that is asked for is kept for results.json."""
+    """Scores of the finished jobs of some seeds, in percent; `numbers` keeps what a table shows."""
 
     def __init__(self, out, seeds):
         self.out, self.seeds, self.numbers = out, seeds, {}
@@ -256,135 +242,163 @@ class Results:
         """Seeds for which all of these jobs are done."""
         return [s for s in self.seeds if all((self.out / f"{s}/{n}/seconds").exists() for n in names)]
 
-    def predictions(self, seed, model):
-        lines = (self.out / f"{seed}/eval_{model}/predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+    def lines(self, seed, name, file):
+        text = (self.out / f"{seed}/{name}/{file}").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
-    def score(self, seed, model, split="all", key="acc"):
-        """In percent."""
+    def score(self, seed, model, split, key):
         metrics = json.loads((self.out / f"{seed}/eval_{model}/metrics.json").read_text(encoding="utf-8"))
         return 100 * (metrics[split] if split in metrics else metrics["categories"][split])[key]
 
-    def keep(self, name, values):
-        self.numbers[name] = {"seeds": len(values), "values": [round(v, 3) for v in values]}
-        return values
+    def cell(self, name, values, sign=""):
+        """'mean (95 % interval over seeds)' of values, which results.json keeps under this name."""
+        if not values:
+            return "-"
+        self.numbers[name], n, middle = [round(v, 3) for v in values], len(values), mean(values)
+        if n == 1:
+            return f"{middle:{sign}.1f}"
+        half = T_95[n - 2] * stdev(values) / math.sqrt(n)
+        return f"{middle:{sign}.1f} ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
 
     def scores(self, model, split="all", key="acc"):
-        found = [self.score(s, model, split, key) for s in self.having(f"eval_{model}")]
-        return cell(self.keep(f"{model}/{split}/{key}", found))
+        seeds = self.having(f"eval_{model}")
+        return self.cell(f"{model}, {split}, {key}", [self.score(s, model, split, key) for s in seeds])
 
     def gain(self, model, other, split="all", key="acc"):
         """model - other, paired by seed."""
         seeds = self.having(f"eval_{model}", f"eval_{other}")
-        found = [self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds]
-        return cell(self.keep(f"{model} - {other}/{split}/{key}", found), "+")
+        gains = [self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds]
+        return self.cell(f"{model} - {other}, {split}, {key}", gains, "+")
 
-    def share(self, name, model, chosen, counted):
-        """% of the answers `chosen` that are `counted`, both functions of a row of predictions.jsonl and the seed."""
-        found = []
-        for seed in self.having(f"eval_{model}"):
-            rows = [r for r in self.predictions(seed, model) if chosen(r, seed)]
-            if rows:
-                found.append(100 * mean(bool(counted(r, seed)) for r in rows))
-        return cell(self.keep(f"{model}/{name}", found))
+    def share(self, name, model, chosen, counted=lambda row, seed: row["correct"]):
+        """Of the answers `chosen` those that are `counted`, functions of a row of predictions.jsonl and the seed."""
+        rows = {s: self.lines(s, f"eval_{model}", "predictions.jsonl") for s in self.having(f"eval_{model}")}
+        marks = [[bool(counted(x, s)) for x in rows[s] if chosen(x, s)] for s in rows]
+        return self.cell(f"{model}, {name}", [100 * mean(m) for m in marks if m])
 
-    def rollouts(self, model, first, last, key="acc@0.5"):
-        """Mean over these steps of training, in percent."""
-        found = []
-        for seed in self.having(model):
-            lines = (self.out / f"{seed}/{model}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            found.append(100 * mean(json.loads(line)[key] for line in lines[first:last]))
-        return cell(self.keep(f"{model}/rollouts/{key}/{first}:{last}", found))
+    def rollouts(self, model, first, last):
+        """Right completions in these steps of training."""
+        runs = [self.lines(s, model, "metrics.jsonl")[first:last] for s in self.having(model)]
+        return self.cell(f"{model}, steps {first} to {last}", [100 * mean(m["acc@0.5"] for m in run) for run in runs])
 
-    def seconds(self, model):
-        return [float((self.out / f"{s}/{model}/seconds").read_text()) for s in self.having(model)]
+    def minutes(self, model):
+        times = [float((self.out / f"{s}/{model}/seconds").read_text()) / 60 for s in self.having(model)]
+        return f"{mean(times):.1f}" if times else "-"
 
 
-def recalled(response):
-    """What the reasoning says that the target looks like: its first "is a ... band"."""
-    found = re.search(r"is (a \w+ \w+ with a \w+ band)", response)
-    return found and found[1]
-
-
-def report(out, seeds):
-    """The tables as Markdown, and all their numbers."""
-    r, splits, text = Results(out, seeds), ("seen", "unseen", "all"), ""
-    models = ("base", "sft", "cot_sft", "cot_sft_more", "grpo")
-    text += "### The paper's comparison\n\n" + table(
-        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU, % of 1", "parsed %"],
-        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits), r.scores(m, key="mean_iou"),
-          r.scores(m, key="parse_rate")] for m in models],
-    )  # fmt: skip
+def comparison(r):
+    models, splits = ("base", "sft", "cot_sft", "cot_sft_more", "grpo"), ("seen", "unseen", "all")
     pairs = (("cot_sft", "sft"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft"), ("grpo", "cot_sft_more"))
-    text += table(
+    text = table(
+        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU %", "parsed %"],
+        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits),
+          *(r.scores(m, key=key) for key in ("mean_iou", "parse_rate"))] for m in models],
+    )  # fmt: skip
+    return text + table(
         ["points, paired by seed", *splits, "mean IoU"],
         [[f"{a} - {b}", *(r.gain(a, b, s) for s in splits), r.gain(a, b, key="mean_iou")] for a, b in pairs],
     )
-    text += "### What matters in GRPO\n\n" + table(
-        ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo",
-         "rollouts right, first 10 steps %", "last 10 steps %", "minutes"],
+
+
+def experiments(r):
+    head = ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo"]
+    head += ["rollouts right in the first 10 steps %", f"in the last 10 of {STEPS} %", "minutes"]
+    return table(
+        head,
         [[arm, len(r.having(f"eval_{arm}")), r.scores(arm), *(r.gain(arm, "grpo", s) for s in ("all", "unseen")),
           r.gain(arm, "grpo", key="mean_iou"), r.rollouts(arm, 0, 10), r.rollouts(arm, STEPS - 10, STEPS),
-          f"{mean(r.seconds(arm) or [math.nan]) / 60:.1f}"] for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
+          r.minutes(arm)] for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
     )  # fmt: skip
-    pairs = (("cot_sft", "without_cot_sft"), ("grpo", "without_grpo"))
-    text += f"### {HELD_OUT} held out of training\n\n" + table(
+
+
+def held_out(r):
+    def others(x, _):
+        return x["category"] in world.SEEN and x["category"] != HELD_OUT
+
+    models = ("cot_sft", "grpo", "without_cot_sft", "without_grpo")
+    return table(
         ["model", f"{HELD_OUT} %", "other seen %", "unseen %"],
-        [[m, r.scores(m, HELD_OUT),
-          r.share("other seen", m, lambda x, _: x["category"] in world.SEEN and x["category"] != HELD_OUT,
-                  lambda x, _: x["correct"]), r.scores(m, "unseen")] for pair in pairs for m in pair],
-    )  # fmt: skip
+        [[m, r.scores(m, HELD_OUT), r.share("other seen", m, others), r.scores(m, "unseen")] for m in models],
+    )
 
-    def lost(seed):
-        return json.loads((out / f"{seed}/unknown_base/unknown.json").read_text())
 
-    def group(known, split):
-        return lambda x, seed: (
-            (x["entity"] not in lost(seed)) == known and (x["category"] in world.SEEN) == (split == "seen")
-        )
+def known_and_unknown(r):
+    lost = {s: json.loads((r.out / f"{s}/unknown_base/unknown.json").read_text()) for s in r.having("unknown_base")}
+    groups = [(known, seen) for seen in (True, False) for known in (True, False)]
 
-    groups = [(known, split) for split in ("seen", "unseen") for known in (True, False)]
-    names = [f"{'known' if known else 'unknown'}, {split}" for known, split in groups]
-    text += "### Entities that the base knows, and that it does not\n\n" + table(
-        ["model", *(f"{n} %" for n in names)],
-        [[m, *(r.share(n, m, group(*g), lambda x, _: x["correct"]) for n, g in zip(names, groups, strict=True))]
-         for m in ("unknown_sft", "unknown_cot_sft", "unknown_grpo")],
-    )  # fmt: skip
-    kinds = [f"_{kind}" for kind, _ in CORRUPTIONS] + ["_natural"]
-    text += "### Other pictures than in training\n\n" + table(
-        ["model", "clean, all %", *(f"{kind[1:]}, all %" for kind in kinds)],
+    def chosen(group):
+        return lambda x, seed: (x["entity"] not in lost[seed], x["category"] in world.SEEN) == group
+
+    names = {g: f"{'' if g[0] else 'un'}known, {'seen' if g[1] else 'unseen'} category" for g in groups}
+    return table(
+        ["model", *(f"{name} %" for name in names.values())],
         [
-            [m, r.scores(m), *(r.scores(m + kind) for kind in kinds)]
-            for m in ("sft", "cot_sft", "varied_cot_sft", "grpo")
+            [m, *(r.share(names[g], m, chosen(g)) for g in groups)]
+            for m in ("unknown_sft", "unknown_cot_sft", "unknown_grpo")
         ],
     )
 
-    def shown(seed):
-        lines = (out / f"{seed}/novel_synth/samples.jsonl").read_text(encoding="utf-8").splitlines()
-        return {e["entity"] for line in lines for e in json.loads(line)["entities"]}
 
-    entities = {seed: shown(seed) for seed in r.having("novel_synth")}
-    text += "### Entities of seen categories that no sample shows\n\n" + table(
-        ["model", "shown %", "novel %", "unseen categories %"],
-        [[m, *(r.share(name, m, lambda x, s, is_shown=is_shown: x["category"] in world.SEEN
-                       and (x["entity"] in entities[s]) == is_shown, lambda x, _: x["correct"])
-               for name, is_shown in (("shown", True), ("novel", False))), r.scores(m, "unseen")]
+def pictures(r):
+    kinds = [f"_{kind}" for kind, _ in CORRUPTIONS] + ["_natural"]
+    return table(
+        ["model", "as in training %", *(f"{kind[1:]} %" for kind in kinds)],
+        [[m, *(r.scores(m + kind) for kind in ("", *kinds))] for m in ("sft", "cot_sft", "grpo", "varied_cot_sft")],
+    )
+
+
+def novel(r):
+    shown = {s: {e["entity"] for row in r.lines(s, "novel_synth", "samples.jsonl") for e in row["entities"]}
+             for s in r.having("novel_synth")}  # fmt: skip
+
+    def chosen(is_shown):
+        return lambda x, seed: x["category"] in world.SEEN and (x["entity"] in shown[seed]) == is_shown
+
+    return table(
+        ["model", "shown %", "not shown %", "unseen categories %"],
+        [[m, r.share("shown", m, chosen(True)), r.share("not shown", m, chosen(False)), r.scores(m, "unseen")]
          for m in ("novel_sft", "novel_cot_sft")],
     )  # fmt: skip
 
-    faults = {
-        "another look recalled": lambda x, _: recalled(x["response"]) != world.describe(world.ENTITIES[x["entity"]]),
-        "reasoning contradicts": lambda x, _: x["reasoning_contradicts"],
-    }
-    text += "### Right answer, wrong reasoning\n\n" + table(
-        ["model", *(f"of {kind} answers: {fault} %" for kind in ("right", "wrong") for fault in faults)],
-        [[m, *(r.share(f"{fault} of {kind}", m, lambda x, _, right=right: x["correct"] == right, counted)
-               for kind, right in (("right", True), ("wrong", False)) for fault, counted in faults.items())]
+
+def reasoning(r):
+    def misremembers(x, _):
+        """The first "is a ... band" of the reasoning is not what the target looks like."""
+        said = re.search(r"is (a \w+ \w+ with a \w+ band)", x["response"])
+        return said is None or said[1] != world.describe(world.ENTITIES[x["entity"]])
+
+    def contradicts(x, _):
+        return x["reasoning_contradicts"]
+
+    faults = {"another look recalled": misremembers, "contradicts the box": contradicts}
+    kinds = {"right": lambda x, _: x["correct"], "wrong": lambda x, _: not x["correct"]}
+    return table(
+        ["model", *(f"of {kind} answers: {fault} %" for kind in kinds for fault in faults)],
+        [[m, *(r.share(f"{fault}, {kind}", m, kinds[kind], faults[fault]) for kind in kinds for fault in faults)]
          for m in ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")],
     )  # fmt: skip
-    minutes = sum(float(p.read_text()) for p in out.glob("*/*/seconds")) / 60
-    text += f"{len(list(out.glob('*/*/seconds')))} jobs, {minutes:.0f} minutes of one core each.\n"
-    return text, r.numbers
+
+
+TABLES = {  # title: what makes it, a job that its seeds have
+    "The paper's comparison": (comparison, "world"),
+    "What matters in GRPO": (experiments, "grpo_binary"),
+    f"One seen category, {HELD_OUT}, held out of both stages": (held_out, "eval_without_grpo"),
+    "Entities that the base knows, and does not": (known_and_unknown, "unknown_base"),
+    "Other pictures than in training": (pictures, "eval_varied_cot_sft"),
+    "Entities of seen categories that no sample shows": (novel, "novel_synth"),
+    "Right answer, wrong reasoning": (reasoning, "eval_grpo"),
+}
+
+
+def report(out, seeds):
+    """(the tables as Markdown, {title: {name: value of every seed}})"""
+    text, numbers = "", {}
+    for title, (make, needed) in TABLES.items():
+        results = Results(out, Results(out, seeds).having(needed))
+        text += f"### {title}\n\n{make(results)}"
+        numbers[title] = results.numbers
+    times = [float(path.read_text()) / 60 for path in out.glob("*/*/seconds")]
+    return text + f"{len(times)} jobs, {sum(times):.0f} minutes, each on one core.\n", numbers
 
 
 def main():
@@ -406,7 +420,7 @@ def main():
         jobs = {f"{s}/{name}": command for s, arms in parts for name, command in jobs_of(s, out, arms).items()}
         finished = run_jobs(jobs, out, args.at_once)
     text, numbers = report(out, list(range(args.seeds)))
-    (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     (out / "results.md").write_text(text)
     print(f"{text}study: {out / 'results.md'}, {out / 'results.json'}")
     sys.exit(not finished)
