@@ -8,10 +8,10 @@ starts when the jobs whose folders it reads are finished, as many at once as the
 jobs are skipped, trainers go on from their checkpoints: the same command continues after a stop. results.json holds the
 numbers, results.md the tables.
 
-N_SFT, the temperature and the learning rate of GRPO were chosen on seeds 0 and 1, which the study leaves out. With 1,600
-samples in stage 1, GRPO has little to gain on the seen categories; with 1,400, CoT-SFT is fewer than 10 points ahead of
-SFT on the unseen ones. At temperature 1, most of what GRPO learns is to sample with less noise, which does not show in
-greedy answers.
+N_SFT, the temperature and the learning rate of GRPO were chosen on seeds 0 and 1, which the study leaves out. With
+1,600 samples in stage 1, GRPO has little to gain on the seen categories; with 1,400, CoT-SFT is fewer than 10 points
+ahead of SFT on the unseen ones. At temperature 1, most of what GRPO learns is to sample with less noise, which does
+not show in greedy answers.
 """
 
 import argparse
