@@ -455,7 +455,8 @@ def image_path(folder, name, where):
     if not isinstance(name, str) or not name or CONTROL.search(name) or os.path.isabs(name):
         raise SystemExit(f"{where}: image {short(name)}; want a path relative to {folder}; mend the row")
     path, here = Path(folder, name), real_folder(Path(folder))[0]
-    real = Path(os.path.realpath(path)) if os.path.islink(path) else real_folder(path.parent)[0] / path.name
+    leads = os.path.islink(path) or path.name == ".."
+    real = Path(os.path.realpath(path)) if leads else real_folder(path.parent)[0] / path.name
     run = here if here.parent == Path(here.anchor) else here.parent
     ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
     if not ours and not real.is_relative_to(run):
@@ -677,6 +678,9 @@ def load_processors(model_path, max_pixels):
             "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
             "longest_edge": max_pixels,
         }
+        sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
+        if not all(type(n) is int and 0 < n <= 32 for n in sizes):
+            raise ValueError(f"sizes of patches {sizes}")
         image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
         prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:
@@ -1137,7 +1141,7 @@ def read_mastery(path):
             level = level_of(mastery)
         if not isinstance(level, str) or level not in LEVELS:
             raise SystemExit(
-                f"{path} ({short(entity)}): {short(entry)}; want mastery, 0 to 1, or knowledge_category, one of "
+                f"{path} ({short(entity)[1:-1]}): {short(entry)}; want mastery, 0 to 1, or knowledge_category, one of "
                 f"{', '.join(LEVELS)}; make it with filter.py"
             )
         levels[entity] = level
@@ -2054,8 +2058,6 @@ def checked_cases(path, samples):
     """The samples, if each id occurs once and every picture is there."""
     if twice := [i for i, count in Counter(s["id"] for s in samples).items() if count > 1]:
         raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
-    if odd := [s["id"] for s in samples if not is_id(s["id"])]:
-        raise SystemExit(f"{path}: id {short(odd[0])}; want a line of text or an integer; mend the row")
     if missing := [s["image"] for s in samples if isinstance(s["image"], str) and not os.path.isfile(s["image"])]:
         raise SystemExit(
             f"{path}: {short(missing[0], 250)}: no such image; want paths relative to the bench's folder; check it"
@@ -2072,6 +2074,8 @@ def read_rec(path):
     samples, size_of = [], lru_cache(maxsize=None)(image_size)
     for i, r in enumerate(read_jsonl(path, ("image",))):
         where, expression = f"{path}:{i + 1}", r.get("expression") or r.get("question")
+        if not is_id(r.get("id", i)):
+            raise SystemExit(f"{where}: id {short(r['id'])}; want a line of text or an integer; mend the row")
         if not isinstance(expression, str) or not expression.strip():
             raise SystemExit(f"{where}: no expression and no question; want one of them, a text; mend the row")
         check_text(expression, where, "expression")
@@ -2119,9 +2123,12 @@ def read_fgvr(path, seed):
         check_name(r["category"], f"{path}:{i + 1}", "category")
         names[r["category"]].add(r["entity"])
     for i, r in enumerate(rows):
-        where, case, entity = f"{path}:{i + 1}", str(r.get("id", r["image"])), r["entity"]
-        if not is_id(case):
-            raise SystemExit(f"{where}: id {short(case)}; want a line of text or an integer; mend the row")
+        where, entity = f"{path}:{i + 1}", r["entity"]
+        if not is_id(r.get("id", r["image"])):
+            raise SystemExit(
+                f"{where}: id {short(r.get('id', r['image']))}; want a line of text or an integer; mend the row"
+            )
+        case = str(r.get("id", r["image"]))
         others = names[r["category"]]
         options = r.get("options") or draw_options(entity, [others], random.Random(f"{seed}:fgvr:{case}"))
         sound = isinstance(options, list) and all(isinstance(o, str) and not CONTROL.search(o) for o in options)

@@ -456,7 +456,8 @@ def image_path(folder, name, where):
     if not isinstance(name, str) or not name or CONTROL.search(name) or os.path.isabs(name):
         raise SystemExit(f"{where}: image {short(name)}; want a path relative to {folder}; mend the row")
     path, here = Path(folder, name), real_folder(Path(folder))[0]
-    real = Path(os.path.realpath(path)) if os.path.islink(path) else real_folder(path.parent)[0] / path.name
+    leads = os.path.islink(path) or path.name == ".."
+    real = Path(os.path.realpath(path)) if leads else real_folder(path.parent)[0] / path.name
     run = here if here.parent == Path(here.anchor) else here.parent
     ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
     if not ours and not real.is_relative_to(run):
@@ -678,6 +679,9 @@ def load_processors(model_path, max_pixels):
             "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
             "longest_edge": max_pixels,
         }
+        sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
+        if not all(type(n) is int and 0 < n <= 32 for n in sizes):
+            raise ValueError(f"sizes of patches {sizes}")
         image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
         prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:

@@ -412,7 +412,8 @@ def image_path(folder, name, where):
     if not isinstance(name, str) or not name or CONTROL.search(name) or os.path.isabs(name):
         raise SystemExit(f"{where}: image {short(name)}; want a path relative to {folder}; mend the row")
     path, here = Path(folder, name), real_folder(Path(folder))[0]
-    real = Path(os.path.realpath(path)) if os.path.islink(path) else real_folder(path.parent)[0] / path.name
+    leads = os.path.islink(path) or path.name == ".."
+    real = Path(os.path.realpath(path)) if leads else real_folder(path.parent)[0] / path.name
     run = here if here.parent == Path(here.anchor) else here.parent
     ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
     if not ours and not real.is_relative_to(run):
@@ -634,6 +635,9 @@ def load_processors(model_path, max_pixels):
             "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
             "longest_edge": max_pixels,
         }
+        sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
+        if not all(type(n) is int and 0 < n <= 32 for n in sizes):
+            raise ValueError(f"sizes of patches {sizes}")
         image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
         prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:
@@ -974,7 +978,9 @@ def read_boxes(path):
     """{image: line} of a boxes file, nothing if there is none; the last line on an image counts. Errors: one line."""
     lines = {str(r["image"]): r for r in read_jsonl(path, ("image",))} if os.path.exists(path) else {}
     if missing := [image for image, r in lines.items() if "bbox_px" not in r]:
-        raise SystemExit(f"{path}: {short(missing[0])}: no 'bbox_px'; want [x1, y1, x2, y2], or null; mend or drop it")
+        raise SystemExit(
+            f"{path}: {short(missing[0])[1:-1]}: no 'bbox_px'; want [x1, y1, x2, y2], or null; mend or drop it"
+        )
     if wrong := [r for r in lines.values() if r["bbox_px"] is not None and not is_box(r["bbox_px"])]:
         raise SystemExit(
             f"{path}: {short(wrong[0]['image'])[1:-1]}: bbox_px {short(wrong[0]['bbox_px'])}; "

@@ -501,7 +501,7 @@ def test_images_lie_in_the_run_folder_or_beside_samples_of_ours(tmp_path):
             "../../other/deep/synth/images/a.png", "ours/images/a.png"]  # fmt: skip
     for name in fine:
         assert t.image_path(run / "cot", name, "x") == str(run / "cot" / name)
-    for name in ("../../secret.png", "link.png", "folder/secret.png", "../../other/deep/images/a.png",
+    for name in ("../..", "../../secret.png", "link.png", "folder/secret.png", "../../other/deep/images/a.png",
                  "../../other/deep/synth/samples.jsonl", "photos/../../../secret.png", "../" * 20 + "x"):  # fmt: skip
         one_line("leads out of", t.image_path, run / "cot", name, "x")
     for name in ("/etc/passwd", str(run / "cot" / "photos" / "a.png"), "", "a\0.png", None, 3, ["a.png"]):
@@ -625,7 +625,7 @@ BAD_LEFT = {  # file: content, reader of its folder, message
     "knowledge, too deep": (b"[" * 100_000, lambda d: gen_cot.read_knowledge(d / "f"), "not JSON"),
     "mastery, a level of lists": (
         b'{"a": {"knowledge_category": []}}', lambda d: train_grpo.read_mastery(d / "f"), "want mastery, 0 to 1"),
-    "mastery, a name of lines": (b'{"a\\nb": 3}', lambda d: train_grpo.read_mastery(d / "f"), "('a\\nb'): 3; want"),
+    "mastery, a name of lines": (b'{"a\\nb": 3}', lambda d: train_grpo.read_mastery(d / "f"), "(a\\nb): 3; want"),
     "mastery, no file": (None, lambda d: train_grpo.read_mastery(d / "f"), "unreadable"),
     "engine, a list": (b"[]", lambda d: t.engine_settings(d / "f"), "f: zero_optimization None; want"),
     "engine, stage of text": (b'{"zero_optimization": {"stage": "2"}}', lambda d: t.engine_settings(d / "f"), "want"),
@@ -648,6 +648,9 @@ BAD_LEFT = {  # file: content, reader of its folder, message
     "a box of true and false": (
         b'{"image": "f", "expression": "x", "bbox": [false, 0, true, 1]}', lambda d: eval_kvg.read_rec(d / "f"),
         "no box"),
+    "an id of a list": (
+        b'{"image": "f", "expression": "x", "bbox": [0, 0, 1, 1], "id": []}', lambda d: eval_kvg.read_rec(d / "f"),
+        "id []; want a line of text"),
     "an entity of a list": (
         b'{"image": "f", "entity": ["x"], "category": "y"}', lambda d: eval_kvg.read_fgvr(d / "f", 0), "entity ['x']"),
     "an option with a token": (
