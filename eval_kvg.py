@@ -182,10 +182,10 @@ def short(value, most=80):
 def parse_json(data, where, want):
     """The value that bytes hold as JSON in UTF-8. Errors: one line."""
     try:
-        return json.loads(data.removeprefix(BOM).decode("utf-8"))
+        return json.loads(data.removeprefix(BOM).decode())
     except (ValueError, RecursionError) as e:
         kind = "no text" if isinstance(e, UnicodeDecodeError) else "not JSON"
-        raise SystemExit(f"{where}: {kind} ({short(e)}); want {want}; mend it, or write it again") from None
+        raise SystemExit(f"{where}: {kind} ({short(e, 200)}); want {want}; mend it, or write it again") from None
 
 
 def read_json(path, want):
@@ -1962,7 +1962,7 @@ def read_scored(folder):
         sound = all(isinstance(r[key], str) for key in (*texts, "entity")) and isinstance(r["correct"], bool)
         boxes = [r["gt_bbox_1000"], r.get("pred_bbox_1000") or r["gt_bbox_1000"]]
         sound = sound and all(is_box(box, most=1000) for box in boxes) and sound_answer(r)
-        if not sound or type(r["iou"]) not in (int, float) or not 0 <= r["iou"] <= 1:
+        if not sound or type(r["iou"]) not in (int, float) or not 0 <= r["iou"] < 1.001:  # rounded
             raise SystemExit(f"{path}: row {i}: {short(r)}; want a row of eval_kvg.py; evaluate again")
     return rows
 
@@ -2013,8 +2013,7 @@ def summarize(run, seed):
     paths = sorted(run.glob("eval_*/metrics.json"), key=lambda p: p.stat().st_mtime)
     if not paths:
         raise SystemExit(f"{run}: no eval_*/metrics.json; want the run folder of run_all.sh; run the evaluations first")
-    rows, splits = [], ("seen", "unseen", "all")
-    lines = []
+    rows, lines, splits = [], [], ("seen", "unseen", "all")
     for path in paths:
         m = read_json(path, "metrics.json of eval_kvg.py")
         try:

@@ -140,10 +140,10 @@ def short(value, most=80):
 def parse_json(data, where, want):
     """The value that bytes hold as JSON in UTF-8. Errors: one line."""
     try:
-        return json.loads(data.removeprefix(BOM).decode("utf-8"))
+        return json.loads(data.removeprefix(BOM).decode())
     except (ValueError, RecursionError) as e:
         kind = "no text" if isinstance(e, UnicodeDecodeError) else "not JSON"
-        raise SystemExit(f"{where}: {kind} ({short(e)}); want {want}; mend it, or write it again") from None
+        raise SystemExit(f"{where}: {kind} ({short(e, 200)}); want {want}; mend it, or write it again") from None
 
 
 def read_json(path, want):
