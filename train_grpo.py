@@ -808,7 +808,7 @@ def load_processors(model_path, max_pixels):
         sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
         if not all(type(n) is int and 0 < n <= 32 for n in sizes):
             raise ValueError(f"sizes of patches {sizes}")
-        image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")
+        image_processor(images=[Image.new("RGB", (61, 47))], return_tensors="pt")  # sides that must be resized
         prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
     except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:
         raise SystemExit(f"{model_path}: one picture and no text fail ({short(e, 200)}); {want}") from None

@@ -582,6 +582,7 @@ BAD_MODELS = {
     "broken template": (edited("chat_template.jinja", "{% for", "{% of"), "one picture and no text fail"),
     "template without image": (edited("chat_template.jinja", "<|image_pad|>", ""), "one picture and no text fail"),
     "patches of no size": (edited("preprocessor_config.json", '"patch_size": 14', '"patch_size": 0'), "one picture"),
+    "no resizing": (edited("preprocessor_config.json", '"do_resize": true', '"do_resize": false'), "one picture"),
     "sides of no number": (edited("preprocessor_config.json", '"shortest_edge"', '"shortest"'), "want a folder with"),
     "index of nothing": (lambda d: split(d, "[]"), "index.json: broken"),
     "no special token": (without_token, "the tokenizer has no <|object_ref_start|>"),
