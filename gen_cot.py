@@ -1284,7 +1284,7 @@ def merge(rows, args, out, seconds):
              "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
              "words": round(sum(len(r["cot"].split()) for r in kept) / max(1, len(kept)), 1)}  # fmt: skip
     for key in ("requests", "retries", *TOKENS):
-        told = [records[row["id"]][key] for row in rows if key in records[row["id"]]]
+        told = [records[row["id"]][key] for row in rows if isinstance(records[row["id"]].get(key), int)]
         stats[key] = sum(told) if told else None
     stats["cost"] = None
     if args.price_per_million and None not in (counts := [stats[key] for key in TOKENS]):
