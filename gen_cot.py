@@ -1261,9 +1261,14 @@ def merge(rows, args, out, seconds):
     kept, rejected = [], []
     for row in rows:
         r = records[row["id"]]
-        if r["reason"]:
+        if r["reason"] or not r["cot"]:
             rejected.append(
-                {"id": r["id"], "reason": r["reason"], "attempts": r["attempt"], "response": r.get("response")}
+                {
+                    "id": r["id"],
+                    "reason": r["reason"] or "empty",
+                    "attempts": r["attempt"],
+                    "response": r.get("response"),
+                }
             )
             continue
         completion = f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"
