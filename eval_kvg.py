@@ -166,22 +166,52 @@ def parse_args(argv=None):
 
 
 # >>> shared:jsonl_io (copy of synth_data.py)
+BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8
+
+
+def short(value, most=80):
+    """A value as messages quote it: one line of at most `most` characters; of an error, the first line it says."""
+    if isinstance(value, Exception):
+        return (str(value).strip() or type(value).__name__).splitlines()[0][:most]
+    try:
+        return repr(value)[:most]
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
+
+
+def parse_json(data, where, want):
+    """The value that bytes hold as JSON in UTF-8. Errors: one line."""
+    try:
+        return json.loads(data.removeprefix(BOM).decode())
+    except (ValueError, RecursionError) as e:
+        kind = "no text" if isinstance(e, UnicodeDecodeError) else "not JSON"
+        raise SystemExit(f"{where}: {kind} ({short(e, 200)}); want {want}; mend it, or write it again") from None
+
+
+def read_json(path, want):
+    """The value of a JSON file. Errors: one line."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{short(str(path), 250)[1:-1]}: unreadable ({short(e)}); want {want}; check the path"
+        ) from None
+    return parse_json(data, path, want)
+
+
 def read_jsonl(path, required=()):
     """Rows of a JSONL file as dicts. Errors: one line naming file, line and the missing column or broken JSON."""
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: no such file; want JSONL, one object a line; check the path or run the stage before")
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
+            if not line.removeprefix(BOM).strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise SystemExit(
-                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
-                ) from None
-            if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
+            row = parse_json(line, f"{path}:{number}", "one object a line")
+            if not isinstance(row, dict):
+                raise SystemExit(f"{path}:{number}: {short(row)}; want one object a line; mend or drop the line")
+            if missing := [c for c in required if row.get(c) is None]:
                 raise SystemExit(
                     f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
                 )
@@ -192,23 +222,37 @@ def read_jsonl(path, required=()):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all: to a temporary name first, then renamed."""
+    """Writes a file whole or not at all: to a temporary name first, then renamed. Half a character, which JSON can hold
+    and UTF-8 cannot, is written as JSON's escape for it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 
-def complete_lines(path):
-    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe."""
+def complete_lines(path, **types):
+    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe.
+
+    `types`: of columns that all have. Errors: one line for a line in between that is none, as after a machine's crash.
+    """
     if not os.path.exists(path):
         return []
     data = Path(path).read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    lines = {number: line for number, line in enumerate(whole.split(b"\n"), 1) if line}
+    rows = {n: parse_json(line, f"{path}:{n}", "a row of the interrupted run") for n, line in lines.items()}
+    for number, row in rows.items():
+        sound = isinstance(row, dict) and row.keys() >= types.keys()
+        if not sound or not all(isinstance(row[column], kind) for column, kind in types.items()):
+            raise SystemExit(
+                f"{path}:{number}: {short(row)}; want a row of the interrupted run; drop the line, then the same "
+                "command goes on"
+            )
+    return list(rows.values())
 
 
 LOCKS = []  # open files: a folder is locked until the process ends
@@ -229,11 +273,12 @@ def same_config(out, args, ignore=()):
     now = {k: v for k, v in vars(args).items() if k not in ignore}
     path = Path(out) / "config.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path, "the settings of the run in this folder")
         for key, value in now.items():
-            if json.loads(json.dumps(value)) != old.get(key):
+            before = old.get(key) if isinstance(old, dict) else None
+            if json.loads(json.dumps(value)) != before:
                 raise SystemExit(
-                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    f"{path}: --{key} was {short(before)}, now {short(value)}; want the same settings to continue; "
                     "give another output folder or delete this one"
                 )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
@@ -316,13 +361,14 @@ R1_SUFFIX = (
     "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
 )
 BOX = re.compile(r"<\|box_start\|>\((\d{1,6}),(\d{1,6})\),\((\d{1,6}),(\d{1,6})\)<\|box_end\|>", re.A)
-REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+REF = re.compile(r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>", re.S)
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # all the tokens that rows may hold
 MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)  # it would open a turn, a block or an image
-NO_NAME = re.compile(  # a line break, half a character, or a box
-    "[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]|" r"(?:\d[\d.]*\s*[)\]]?\s*,\s*[(\[]?\s*){3}\d"
-)
+CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # a line break, or half a character
+NO_NAME = re.compile(CONTROL.pattern + r"|(?:\d[\d.]*\s*[)\]]?\s*,\s*[(\[]?\s*){3}\d")  # or a box
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+# what transformers raises where a file of a model folder holds other values than it should
+MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -346,6 +392,7 @@ def model_text(text, style, grid):
 
     def boxed(match):
         x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(match.groups(), grid * 2, strict=True))
+        x1, y1 = x1 - (x1 == grid[0]), y1 - (y1 == grid[1])  # a thin box at the edge stays within it
         return f"({x1},{y1}),({max(x2, x1 + 1)},{max(y2, y1 + 1)})"
 
     def listed(match):
@@ -364,21 +411,27 @@ def is_box(box, most=1e9):
     return numbers and 0 <= box[0] < box[2] <= most and 0 <= box[1] < box[3] <= most
 
 
+def is_id(value):
+    """Whether it is an integer or text, of one line and at most 200 characters."""
+    return type(value) in (str, int) and 0 < len(str(value)) <= 200 and not CONTROL.search(str(value))
+
+
 def check_name(name, where, kind="entity"):
     """Errors: one line unless a name is text in one line that becomes no token, tag or box in a prompt."""
-    if not isinstance(name, str) or not name.strip() or MARKUP.search(name) or NO_NAME.search(name):
+    sound = isinstance(name, str) and name.strip() and len(name) <= 1000
+    if not sound or MARKUP.search(name) or NO_NAME.search(name):
         raise SystemExit(
-            f"{where}: {kind} {ascii(name)[:80]}; want a name in one line, without tokens, tags and boxes; mend the row"
+            f"{where}: {kind} {short(name)}; want a name in one line, without tokens, tags and boxes; mend the row"
         )
 
 
 def check_text(text, where, kind):
     """Errors: one line unless it is text without special tokens, but for whole pairs around names and boxes."""
     if not isinstance(text, str):
-        raise SystemExit(f"{where}: {kind} {ascii(text)[:80]}; want text; mend the row")
+        raise SystemExit(f"{where}: {kind} {short(text)}; want text; mend the row")
     if found := re.search("<\\|[^>\n]{0,30}>?|[\ud800-\udfff]", PAIRS.sub("", text)):
         raise SystemExit(
-            f"{where}: {ascii(found[0])} in the {kind}; want no special token but pairs around a name or a box; "
+            f"{where}: {short(found[0])} in the {kind}; want no special token but pairs around a name or a box; "
             "mend the row"
         )
     for name in REF.findall(text):
@@ -389,7 +442,7 @@ def check_text(text, where, kind):
 def real_folder(folder):
     """(path without symbolic links, whether a samples.jsonl lies in it)"""
     folder = Path(os.path.realpath(folder))
-    return folder, (folder / "samples.jsonl").is_file()
+    return folder, os.path.isfile(folder / "samples.jsonl")
 
 
 def image_path(folder, name, where):
@@ -399,15 +452,16 @@ def image_path(folder, name, where):
     images/ beside a samples.jsonl, wherever that is: so lie the images of synth_data.py, to which the rows of all later
     stages point. Errors: one line for an absolute path and for one that leads elsewhere.
     """
-    if not isinstance(name, str) or not name or "\0" in name or os.path.isabs(name):
-        raise SystemExit(f"{where}: image {ascii(name)[:80]}; want a path relative to {folder}; mend the row")
+    if not isinstance(name, str) or not name or CONTROL.search(name) or os.path.isabs(name):
+        raise SystemExit(f"{where}: image {short(name)}; want a path relative to {folder}; mend the row")
     path, here = Path(folder, name), real_folder(Path(folder))[0]
-    real = Path(os.path.realpath(path)) if path.is_symlink() else real_folder(path.parent)[0] / path.name
+    leads = os.path.islink(path) or path.name == ".."
+    real = Path(os.path.realpath(path)) if leads else real_folder(path.parent)[0] / path.name
     run = here if here.parent == Path(here.anchor) else here.parent
     ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
     if not ours and not real.is_relative_to(run):
         raise SystemExit(
-            f"{where}: image {ascii(name)[:80]} leads out of {run}; want one below it or in images/ beside a "
+            f"{where}: image {short(name)} leads out of {run}; want one below it or in images/ beside a "
             "samples.jsonl; move the image there"
         )
     return str(path)
@@ -422,7 +476,7 @@ def read_parquet(path, columns=None):
         table = pq.read_table(path, columns=columns and [c for c in columns if c in names])
         return table.to_pylist(), names
     except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: unreadable ({str(e).splitlines()[0]}); want parquet; fetch the file again") from None
+        raise SystemExit(f"{path}: unreadable ({short(e, 200)}); want parquet; fetch the file again") from None
 
 
 def parse_turns(r, where):
@@ -435,8 +489,8 @@ def parse_turns(r, where):
     user, completion = (t.get("content") for t in turns)
     roles = [t.get("role", role) for t, role in zip(turns, ("user", "assistant"), strict=True)]
     if roles != ["user", "assistant"] or not isinstance(user, str) or not isinstance(completion, str):
-        found = ascii([t.get("content") for t in turns])[:80]
-        raise SystemExit(f"{where}: messages of {roles}, {found}; want text of user and assistant; mend the row")
+        found = short([t.get("content") for t in turns])
+        raise SystemExit(f"{where}: messages of {short(roles)}, {found}; want text of user and assistant; mend the row")
     user = user.replace("<image>", "")
     suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
     return user.removesuffix(R1_SUFFIX), completion, suffix
@@ -462,18 +516,13 @@ def read_samples(path):
         )
         if missing := [n for n in names if n not in columns]:
             raise SystemExit(
-                f"{path}: no column {missing[0]!r}, found {columns}; want {', '.join(names)}; check the file"
+                f"{path}: no column {missing[0]!r}, found {short(columns)}; want {', '.join(names)}; check the file"
             )
         if not bench:
             rows = [r | {"id": str(i), "question": r["problem"], "answer": r["solution"]} for i, r in enumerate(rows)]
         rows = [{"id": r.get("question_id")} | r for r in rows]
     elif path.suffix == ".json":
-        if not path.is_file():
-            raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as e:
-            raise SystemExit(f"{path}: not JSON ({e}); want ShareGPT JSON; check the file") from None
+        rows = read_json(path, "ShareGPT JSON (messages, images)")
         if not isinstance(rows, list):
             raise SystemExit(f"{path}: a {type(rows).__name__}; want a list, ShareGPT JSON; check the file")
         for i, r in enumerate(rows):
@@ -481,17 +530,14 @@ def read_samples(path):
                 raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
-        try:
-            rows = read_jsonl(path, ("id", "images", "messages"))
-        except UnicodeDecodeError as e:
-            raise SystemExit(f"{path}: no text ({e}); want JSONL in UTF-8; write it again") from None
+        rows = read_jsonl(path, ("id", "images", "messages"))
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
     samples = []
     for i, r in enumerate(rows):
-        where = f"{path}:{i + 1} ({ascii(r['id'])[:80] if not isinstance(r['id'], str) else r['id']})"
-        if type(r["id"]) not in (str, int) or r["id"] == "":
-            raise SystemExit(f"{where}: no id; want text or an integer; mend the row")
+        where = f"{path}:{i + 1} ({short(r['id'])})"
+        if not is_id(r["id"]):
+            raise SystemExit(f"{where}: no id; want a line of text or an integer; mend the row")
         completion, suffix = None, ""
         if "messages" in r:
             question, completion, suffix = parse_turns(r, where)
@@ -524,9 +570,12 @@ def read_samples(path):
             check_name(e.get("entity"), where)
             if not is_box(e.get("bbox_px")):
                 raise SystemExit(
-                    f"{where}: bbox_px {ascii(e.get('bbox_px'))[:80]} of {e['entity']}; want 0 <= x1 < x2 and "
+                    f"{where}: bbox_px {short(e.get('bbox_px'))} of {e['entity'][:80]}; want 0 <= x1 < x2 and "
                     "0 <= y1 < y2; mend the row"
                 )
+        rate = r.get("pass_rate")
+        if rate is not None and (type(rate) not in (int, float) or not 0 <= rate <= 1):
+            raise SystemExit(f"{where}: pass_rate {short(rate)}; want 0 to 1; mend the row")
         entity = REF.search(r["answer"]) or REF.search(r["question"])
         samples.append(
             {
@@ -548,6 +597,19 @@ def read_samples(path):
     return samples
 
 
+def model_config(path, flag="--model"):
+    """The config of a model. Errors: one line for what is no folder or name of one, or has values of other types."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (*MALFORMED, StrictDataclassError) as e:
+        raise SystemExit(
+            f"{path}: no model ({short(e, 200)}); want a Hugging Face folder or name; check {flag}"
+        ) from None
+
+
 def check_weights(path):
     """Errors: one line for a model folder without weights, or with a safetensors file that is not whole.
 
@@ -559,15 +621,19 @@ def check_weights(path):
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.is_file():
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise SystemExit(f"{index}: broken ({e}); want a list of weight files; copy the model again") from None
+            table = read_json(index, "a list of weight files")
+            files = [folder / name for name in sorted(set(table["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(
+                f"{index}: broken ({short(e)}); want a list of weight files; copy the model again"
+            ) from None
     elif any(folder.glob("pytorch_model*.bin*")):
         return
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise SystemExit(
-                f"{file}: no such file; want the weights of the model; copy the model again, or check --model"
+                f"{short(str(file), 250)[1:-1]}: no such file; want the weights of the model; copy the model again, or "
+                "check --model"
             )
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -575,7 +641,8 @@ def check_weights(path):
         try:
             table = json.loads(header)
             end = max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            end = end if type(end) is int and 0 <= end < 2**62 else None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             end = None
         size = file.stat().st_size
         if end is None or size != 8 + length + end:
@@ -586,17 +653,19 @@ def check_weights(path):
 def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels.
 
-    Errors: one line for what is missing in the folder, the weights too, before they are loaded.
+    Errors: one line for what is missing or broken in the folder, the weights too, before they are loaded.
     """
+    from jinja2 import TemplateError
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    want = "want a folder with tokenizer and image processor; check it"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    except (OSError, ValueError) as e:
-        raise SystemExit(
-            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
-        ) from None
+    except Exception as e:  # tokenizers raises Exception itself
+        if type(e) is not Exception and not isinstance(e, MALFORMED):
+            raise
+        raise SystemExit(f"{model_path}: {short(e, 200)}; {want}") from None
     wanted = "<|image_pad|> <|vision_start|> <|vision_end|> <|im_start|> <|im_end|> <|endoftext|> <|object_ref_start|>"
     wanted = f"{wanted} <|object_ref_end|> <|box_start|> <|box_end|>".split()
     if missing := [token for token in wanted if token not in tokenizer.get_vocab()]:
@@ -604,10 +673,18 @@ def load_processors(model_path, max_pixels):
     if not tokenizer.chat_template:
         raise SystemExit(f"{model_path}: the tokenizer has no chat template; want an Instruct model; check the model")
     check_weights(model_path)
-    image_processor.size = {
-        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
-        "longest_edge": max_pixels,
-    }
+    try:
+        image_processor.size = {
+            "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+            "longest_edge": max_pixels,
+        }
+        sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
+        if not all(type(n) is int and 0 < n <= 32 for n in sizes):
+            raise ValueError(f"sizes of patches {sizes}")
+        image_processor(images=[Image.new("RGB", (61, 47))], return_tensors="pt")  # sides that must be resized
+        prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:
+        raise SystemExit(f"{model_path}: one picture and no text fail ({short(e, 200)}); {want}") from None
     return tokenizer, image_processor
 
 
@@ -656,7 +733,7 @@ def load_image(image):
         im = decode_image(image)
     except UNREADABLE as e:
         name = image if isinstance(image, str) else "image bytes"
-        raise SystemExit(f"{name}: unreadable ({e}); want an image; mend the row") from None
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want an image; mend the row") from None
     if im.mode == "RGB":
         return im
     canvas = Image.new("RGB", im.size, (255, 255, 255))
@@ -664,22 +741,30 @@ def load_image(image):
     return canvas
 
 
-def resized_size(image_processor, image):
-    """(width, height) px at which the model sees an image, from the image's header alone. Errors: one line."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
+def image_size(image):
+    """(width, height) px of the turned image, from the header alone. Errors: one line."""
     try:
         im, turn = open_image(image)
         with im:
             sideways = turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
                                 Image.Transpose.ROTATE_90)  # fmt: skip
-            width, height = im.size[::-1] if sideways else im.size
-        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
-        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+            return im.size[::-1] if sideways else im.size
     except UNREADABLE as e:
-        raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want another; mend the row"
-        ) from None
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want an image; mend the row") from None
+
+
+def resized_size(image_processor, image):
+    """(width, height) px at which the model sees an image, from the image's header alone. Errors: one line."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    (width, height), size = image_size(image), image_processor.size
+    factor = image_processor.patch_size * image_processor.merge_size
+    try:
+        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    except ValueError as e:
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want another; mend the row") from None
     return width, height
 
 
@@ -743,16 +828,9 @@ def chat_inputs(tokenizer, image_processor, image, text, style):
 def check_model(path):
     """The BoxStyle of a model. Errors: one line unless `path` names a Qwen-VL that we know; loads no weights."""
     gc.disable()  # until load_model: what imports leave behind stays, and is scanned again and again while they run
-    from transformers import AutoConfig
-
-    try:
-        kind = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as e:
-        raise SystemExit(
-            f"{path}: no model ({str(e).splitlines()[0]}); want a Hugging Face folder or name; check --model"
-        ) from None
+    kind = model_config(path).model_type
     if kind not in BOX_STYLES:
-        raise SystemExit(f"{path}: model_type {kind!r}; want one of {', '.join(BOX_STYLES)}; check --model")
+        raise SystemExit(f"{path}: model_type {short(kind)}; want one of {', '.join(BOX_STYLES)}; check --model")
     return BOX_STYLES[kind]
 
 
@@ -1055,19 +1133,15 @@ def read_mastery(path):
 
     Errors: one line for a file or an entry that is none.
     """
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: unreadable ({e}); want mastery.json; make it with filter.py") from None
-    levels = {}
+    table, levels = read_json(path, "mastery.json of filter.py"), {}
     for entity, entry in table.items() if isinstance(table, dict) else [("all", table)]:
         found = entry if isinstance(entry, dict) else {}
         mastery, level = found.get("mastery"), found.get("knowledge_category")
         if isinstance(mastery, (int, float)) and 0 <= mastery <= 1:
             level = level_of(mastery)
-        if level not in LEVELS:
+        if not isinstance(level, str) or level not in LEVELS:
             raise SystemExit(
-                f"{path} ({entity}): {str(entry)[:80]}; want mastery, 0 to 1, or knowledge_category, one of "
+                f"{path} ({short(entity)[1:-1]}): {short(entry)}; want mastery, 0 to 1, or knowledge_category, one of "
                 f"{', '.join(LEVELS)}; make it with filter.py"
             )
         levels[entity] = level
@@ -1378,13 +1452,15 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
 
 # ---- the released evaluator ----
 # What deepperception/eval/evaluate.py of github.com/thunlp/KARL at 01b53d6^ looks for, in this order, in the whole
-# text; written anew so that a text of brackets cannot stall it. Held against it in tests/official_cases.jsonl.
+# text; written anew so that a text of brackets cannot stall it: (?=(.*?)...)\1 goes to the first point of a line and no
+# further, for behind a later one there is nothing else to find. Held against it in tests/official_cases.jsonl.
+OFFICIAL_LENGTH = 10_000  # characters; of a longer text its end is looked at, since the time grows as the square of it
 OFFICIAL_POINTS = r"\((\d*),.*?(\d*)\),\((\d*),(\d*)\)"
 OFFICIAL_PATTERNS = [
     re.compile(pattern)
     for pattern in (
-        rf"<answer>.*?{OFFICIAL_POINTS}</answer>",
-        rf"So the answer is.*?{OFFICIAL_POINTS}",
+        rf"<answer>(?=(.*?)\(\d*,)\1{OFFICIAL_POINTS}</answer>",
+        rf"So the answer is(?=(.*?)\(\d*,)\1{OFFICIAL_POINTS}",
         OFFICIAL_POINTS,
         r"\(([^,\n]*),([^)\n]*)\)[^(\n]*\(([^,\n]*),([^)\n]*)\)",  # any text counts as a number here
         r"\[(\d*), (\d*), (\d*), (\d*)\]",
@@ -1402,7 +1478,7 @@ def official_box(text):
     """
     for pattern in OFFICIAL_PATTERNS:
         if matches := list(pattern.finditer(text)):
-            first, *rest = matches[-1].groups()
+            first, *rest = matches[-1].groups()[-4:]
             try:
                 box = [float(v) for v in (first.replace("[", "").replace("x", ""), *rest)]
             except ValueError:
@@ -1433,10 +1509,10 @@ def official_difference(text, mode, grid):
         return "numbers in prose"
     if scale > 1:
         return "rescaled from 0..1"
-    region, start = answer_text(text, mode), text.find("<answer>")
-    if region is None and 0 <= start < match.start(4):
+    region, start, last = answer_text(text, mode), text.find("<answer>"), match.start(match.lastindex)
+    if region is None and 0 <= start < last:
         return "not one closed <answer>"
-    if region is None or region != text and not 0 <= match.start(4) - start - len("<answer>") < len(region):
+    if region is None or region != text and not 0 <= last - start - len("<answer>") < len(region):
         return "box outside <answer>"
     found = {re.sub(r"\s", "", m[0]) for m in BOXES.finditer(region)}
     if len(found) > 1:
@@ -1457,7 +1533,8 @@ def score_answers(samples, answers, mode):
         grid = answer.get("grid") or (1000, 1000)
         box = parse_bbox(answer["response"], mode, grid)
         iou = box_iou(box, s["bbox_1000"]) if box else 0.0
-        plain = re.sub(r"<\|\w+\|>", "", answer["response"])  # its inference decodes without special tokens
+        # its inference decodes without special tokens
+        plain = re.sub(r"<\|\w+\|>", "", answer["response"])[-OFFICIAL_LENGTH:]
         theirs, match, _ = official_box(plain)
         their_iou = official_iou(theirs, s["bbox_1000"])
         differs = (iou >= CORRECT_IOU) != (their_iou >= CORRECT_IOU)
@@ -1692,8 +1769,8 @@ def concluded_names(text, names):
     claims = [m for m in mentions if not DENIED.search(text[max(0, m.start() - 60) : m.start()])]
     if not names or not claims:
         return set()
-    inside = [(m.start(), m.end()) for m in mentions]  # a dot in a name ends no sentence
-    ends = [m.end() for m in SENTENCE_END.finditer(text) if not any(start <= m.start() < end for start, end in inside)]
+    inside = {i for m in mentions for i in range(m.start(), m.end())}  # a dot in a name ends no sentence
+    ends = [m.end() for m in SENTENCE_END.finditer(text) if m.start() not in inside]
     begin = max((end for end in ends if end <= claims[-1].start()), default=0)
     return {m[0].casefold() for m in claims if m.start() >= begin}
 
@@ -1705,7 +1782,8 @@ def contradicts(row, others):
     the same image or category, not the target. If the text says "conclusion", what follows is looked at alone, so that
     a list of all objects before it is no contradiction.
     """
-    think = "\n".join(re.findall(r"<think>(.*?)</think>", row["response"], re.S)).strip()
+    blocks = [part.partition("<think>") for part in row["response"].split("</think>")[:-1]]
+    think = "\n".join(text for _, tag, text in blocks if tag).strip()
     if not think or not row["pred_bbox_1000"]:
         return None
     think = re.split(r"\bconclusion\b", think, flags=re.I)[-1]
@@ -1875,21 +1953,34 @@ def closing_lines(metrics, speed):
     return f"{official}\n" * ("acc_official" in metrics["all"]) + f"{', '.join(known)}\n" * bool(known)
 
 
+def read_scored(folder):
+    """Rows of the predictions.jsonl that an earlier run wrote. Errors: one line for a row that is none of them."""
+    path, texts = Path(folder) / "predictions.jsonl", ("question_id", "category", "image_id")
+    rows = read_jsonl(path, (*texts, "gt_bbox_1000", "correct"))
+    for i, r in enumerate(rows, 1):
+        r |= {"response": r.get("response") or "", "iou": r.get("iou", 0.0), "entity": r.get("entity") or ""}
+        sound = all(isinstance(r[key], str) for key in (*texts, "entity")) and isinstance(r["correct"], bool)
+        boxes = [r["gt_bbox_1000"], r.get("pred_bbox_1000") or r["gt_bbox_1000"]]
+        sound = sound and all(is_box(box, most=1000) for box in boxes) and sound_answer(r)
+        if not sound or type(r["iou"]) not in (int, float) or not 0 <= r["iou"] < 1.001:  # rounded
+            raise SystemExit(f"{path}: row {i}: {short(r)}; want a row of eval_kvg.py; evaluate again")
+    return rows
+
+
 def compare_runs(a, b, seen):
     """{split: n, acc_a, acc_b, difference B - A with interval, discordant cases, McNemar p} of two runs on one bench.
 
     The interval knows which questions share an image; the p-value takes all as independent and is a little small where
     images have several.
     """
-    columns = ("question_id", "category", "image_id", "gt_bbox_1000", "correct")
-    runs = [{r["question_id"]: r for r in read_jsonl(Path(x) / "predictions.jsonl", columns)} for x in (a, b)]
+    runs = [{r["question_id"]: r for r in read_scored(x)} for x in (a, b)]
     if odd := sorted(set(runs[0]) ^ set(runs[1])):
         raise SystemExit(
-            f"{b}: {len(odd)} cases in one run only, first {odd[0]!r}; want two runs on one bench; check --compare"
+            f"{b}: {len(odd)} cases in one run only, first {short(odd[0])}; want two runs on one bench; check --compare"
         )
     if odd := [k for k, r in runs[0].items() if r["gt_bbox_1000"] != runs[1][k]["gt_bbox_1000"]]:
         raise SystemExit(
-            f"{b}: {odd[0]!r} has another true box than in {a}; want two runs on one bench; check --compare"
+            f"{b}: {short(odd[0])} has another true box than in {a}; want two runs on one bench; check --compare"
         )
     result = {}
     for name, rows in split_rows(list(runs[0].values()), seen).items():
@@ -1922,15 +2013,21 @@ def summarize(run, seed):
     paths = sorted(run.glob("eval_*/metrics.json"), key=lambda p: p.stat().st_mtime)
     if not paths:
         raise SystemExit(f"{run}: no eval_*/metrics.json; want the run folder of run_all.sh; run the evaluations first")
-    rows, splits = [], ("seen", "unseen", "all")
+    rows, lines, splits = [], [], ("seen", "unseen", "all")
     for path in paths:
-        m = json.loads(path.read_text(encoding="utf-8"))
-        if m.get("config", {}).get("task", "kvg") != "kvg":  # another bench, another table
-            continue
-        rows.append({"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"],
-                     **{k: m[k] and m[k]["acc"] for k in splits},
-                     "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"],
-                     "ci95": {k: m[k] and m[k]["acc_ci95"] for k in splits}})  # fmt: skip
+        m = read_json(path, "metrics.json of eval_kvg.py")
+        try:
+            if m.get("config", {}).get("task", "kvg") != "kvg":  # another bench, another table
+                continue
+            r = {"model": path.parent.name.removeprefix("eval_"), "n": m["all"]["n"],
+                 **{k: m[k] and m[k]["acc"] for k in splits},
+                 "mean_iou": m["all"]["mean_iou"], "parse_rate": m["all"]["parse_rate"],
+                 "ci95": {k: m[k] and m[k]["acc_ci95"] for k in splits}}  # fmt: skip
+            cells = [f"{percent(r[k])} ({interval(r['ci95'][k])})" if r[k] is not None else "-" for k in splits]
+            lines.append((r["model"], r["n"], *cells, f"{r['mean_iou']:.3f}", percent(r["parse_rate"])))
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
+            raise SystemExit(f"{path}: broken ({short(e)}); want metrics.json of eval_kvg.py; evaluate again") from None
+        rows.append(r)
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).resolve().parent
     )
@@ -1940,10 +2037,6 @@ def summarize(run, seed):
         json.dumps({"rows": rows, "seconds": seconds, "seed": seed, "commit": git.stdout.strip() or None}, indent=1)
         + "\n",
     )
-    lines = []
-    for r in rows:
-        cells = [f"{percent(r[k])} ({interval(r['ci95'][k])})" if r[k] is not None else "-" for k in splits]
-        lines.append((r["model"], r["n"], *cells, f"{r['mean_iou']:.3f}", percent(r["parse_rate"])))
     return markdown(
         ("model", "cases", "seen % (95 %)", "unseen % (95 %)", "all % (95 %)", "mean IoU", "parsed %"), lines
     )
@@ -1966,19 +2059,9 @@ def checked_cases(path, samples):
         raise SystemExit(f"{path}: id {twice[0]!r} occurs more than once; want every case once; mend the bench")
     if missing := [s["image"] for s in samples if isinstance(s["image"], str) and not os.path.isfile(s["image"])]:
         raise SystemExit(
-            f"{path}: {missing[0]}: no such image; want paths relative to the bench's folder; check the folder"
+            f"{path}: {short(missing[0], 250)}: no such image; want paths relative to the bench's folder; check it"
         )
     return samples
-
-
-def image_size(image):
-    """(width, height) px from the header alone. Errors: one line for what is no image."""
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as im:
-            return im.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        name = image if isinstance(image, str) else "image bytes"
-        raise SystemExit(f"{name}: unreadable ({e}); want an image; mend the row") from None
 
 
 def read_rec(path):
@@ -1990,17 +2073,22 @@ def read_rec(path):
     samples, size_of = [], lru_cache(maxsize=None)(image_size)
     for i, r in enumerate(read_jsonl(path, ("image",))):
         where, expression = f"{path}:{i + 1}", r.get("expression") or r.get("question")
-        if not isinstance(expression, str):
+        if not is_id(r.get("id", i)):
+            raise SystemExit(f"{where}: id {short(r['id'])}; want a line of text or an integer; mend the row")
+        if not isinstance(expression, str) or not expression.strip():
             raise SystemExit(f"{where}: no expression and no question; want one of them, a text; mend the row")
+        check_text(expression, where, "expression")
         box = r.get("bbox_px", r.get("bbox"))
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
             raise SystemExit(
                 f"{where}: no box; want bbox_px [x1, y1, x2, y2] or bbox [x, y, width, height]; mend the row"
             )
         x1, y1, x2, y2 = box if "bbox_px" in r else (box[0], box[1], box[0] + box[2], box[1] + box[3])
         image = str(Path(path).parent / str(r["image"]))
-        if not os.path.isfile(image):
-            raise SystemExit(f"{where}: {image}: no such image; want a path relative to the bench's folder; check it")
+        if not os.path.isfile(image) or CONTROL.search(image):
+            raise SystemExit(
+                f"{where}: {short(image, 250)}: no such image; want a path relative to the bench's folder; check it"
+            )
         width, height = size_of(image)
         if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
             key = "bbox_px [x1, y1, x2, y2]" if "bbox_px" in r else "bbox [x, y, width, height]"
@@ -2029,24 +2117,40 @@ def read_fgvr(path, seed):
     else:
         rows = read_jsonl(path, ("image", "entity", "category"))
     names, samples = defaultdict(set), []
-    rows = [r | {k: str(r[k]) for k in ("image", "entity", "category")} for r in rows]
-    for r in rows:
+    for i, r in enumerate(rows):
+        check_name(r["entity"], f"{path}:{i + 1}")
+        check_name(r["category"], f"{path}:{i + 1}", "category")
         names[r["category"]].add(r["entity"])
     for i, r in enumerate(rows):
-        where, case, entity = f"{path}:{i + 1}", str(r.get("id", r["image"])), r["entity"]
+        where, entity = f"{path}:{i + 1}", r["entity"]
+        if not is_id(r.get("id", r["image"])):
+            raise SystemExit(
+                f"{where}: id {short(r.get('id', r['image']))}; want a line of text or an integer; mend the row"
+            )
+        case = str(r.get("id", r["image"]))
         others = names[r["category"]]
         options = r.get("options") or draw_options(entity, [others], random.Random(f"{seed}:fgvr:{case}"))
-        sound = isinstance(options, list) and all(isinstance(o, str) for o in options)
+        sound = isinstance(options, list) and all(isinstance(o, str) and not CONTROL.search(o) for o in options)
         if not sound or not 2 <= len(options) <= 4 or len(set(options)) < len(options) or entity not in options:
             raise SystemExit(
-                f"{where}: options {options}; want 2 to 4 different texts, {entity!r} among them; give them, or more "
-                f"entities of category {r['category']!r}"
+                f"{where}: options {short(options)}; want 2 to 4 different texts, {short(entity)} among them; give "
+                f"them, or more entities of category {short(r['category'])}"
             )
-        image = str(folder / r["image"])
+        for option in options:
+            check_name(option, where, "option")
+        image = str(folder / str(r["image"]))
         samples.append({"id": case, "image": image, "image_id": image, "entity": entity, "options": options,
                         "category": str(r["category"]).lower(), "answer": entity, "bbox_1000": None,
                         "question": choice_question(r["category"], options), "row": r})  # fmt: skip
     return checked_cases(path, samples)
+
+
+def sound_answer(r):
+    """Whether the response is text, and what else may be told of it has its type."""
+    tokens, grid = r.get("num_tokens"), r.get("grid")
+    told = tokens is None or type(tokens) is int and 0 <= tokens < 1e9
+    grid = grid is None or isinstance(grid, list) and len(grid) == 2 and is_box([0, 0, *grid])
+    return isinstance(r["response"], str) and told and grid and isinstance(r.get("finished"), bool | None)
 
 
 def read_foreign_answers(path, samples):
@@ -2055,21 +2159,21 @@ def read_foreign_answers(path, samples):
     counts, wanted = Counter(str(r["question_id"]) for r in rows), {s["id"] for s in samples}
     if twice := [i for i, count in counts.items() if count > 1]:
         raise SystemExit(
-            f"{path}: question_id {twice[0]!r} occurs {counts[twice[0]]} times; want every case once; drop the others"
+            f"{path}: question_id {short(twice[0])} occurs {counts[twice[0]]} times; want every case once; drop some"
         )
     if unknown := [i for i in counts if i not in wanted]:
         raise SystemExit(
-            f"{path}: {len(unknown)} question_id not in the bench, first {unknown[0]!r}; "
+            f"{path}: {len(unknown)} question_id not in the bench, first {short(unknown[0])}; "
             f"want its {len(wanted)} ids; check --bench"
         )
     if missing := [s["id"] for s in samples if s["id"] not in counts]:
         raise SystemExit(
             f"{path}: {len(missing)} of {len(wanted)} cases missing, first {missing[0]!r}; want every case; add them"
         )
-    sound = [isinstance(r["response"], str) and isinstance(r.get("num_tokens"), int | None) for r in rows]
-    if wrong := [r["question_id"] for r, good in zip(rows, sound, strict=True) if not good]:
+    if wrong := [r["question_id"] for r in rows if not sound_answer(r)]:
         raise SystemExit(
-            f"{path}: response or num_tokens of {wrong[0]!r} has another type; want text and an integer; mend the row"
+            f"{path}: response, num_tokens, finished or grid of {short(wrong[0])} has another type; want text, an "
+            "integer, true or false, [width, height]; mend the row"
         )
     return {str(r["question_id"]): r for r in rows}
 
@@ -2081,7 +2185,13 @@ def part_prefix(job):
 def stored_answers(out, job="predictions"):
     """{id: row} of an earlier run in this folder, finished or not."""
     paths = [out / f"{job}.jsonl", *sorted(out.glob(f"{part_prefix(job)}*.jsonl"))]
-    return {r["question_id"]: r for path in paths for r in complete_lines(path)}
+    rows = [(path, r) for path in paths for r in complete_lines(path, question_id=str, response=str)]
+    if wrong := [(path, r) for path, r in rows if not sound_answer(r)]:
+        raise SystemExit(
+            f"{wrong[0][0]}: {short(wrong[0][1])}; want an answer of the interrupted run; drop the line, then the same "
+            "command goes on"
+        )
+    return {r["question_id"]: r for _, r in rows}
 
 
 # ---- model ----
@@ -2646,9 +2756,11 @@ def compare_html(result, folders, bench, seen):
 
     Pictures come from `bench`, or from the one that the run was made with, as long as that file is there.
     """
-    runs = [read_jsonl(Path(folder) / "predictions.jsonl") for folder in folders]
+    runs = [read_scored(folder) for folder in folders]
     config = Path(folders[1]) / "config.json"
-    config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    config = read_json(config, "the settings of the run") if config.exists() else {}
+    if not isinstance(config, dict) or not isinstance(config.get("bench", ""), str):
+        raise SystemExit(f"{folders[1]}/config.json: {short(config)}; want the settings of the run; evaluate again")
     bench, read = bench or config.get("bench"), read_rec if config.get("task") == "rec" else read_bench
     truth = {r["question_id"]: r["gt_bbox_1000"] for r in runs[1]}
     samples = read(bench) if bench and os.path.isfile(bench) else []
@@ -2697,7 +2809,7 @@ CURVES_FIRST = ("reward", "loss", "acc@0.5", "rewards/iou/mean", "rewards/format
 def curve_points(rows, key, smooth):
     """(steps, values) of one metric, each value the mean of the last `smooth`; null and NaN are left out."""
     points = [(r.get("step", i), r.get(key)) for i, r in enumerate(rows, 1)]
-    points = [(x, v) for x, v in points if isinstance(v, int | float) and math.isfinite(v)]
+    points = [p for p in points if all(isinstance(v, int | float) and abs(v) < 1e30 for v in p)]
     values = [v for _, v in points]
     means = [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - smooth) : i + 1])]
     return [x for x, _ in points], means
@@ -2716,7 +2828,8 @@ def draw_runs(paths, png_path, smooth):
     labels = [os.path.relpath(folder, common) for folder in folders]
     if len(set(labels)) < len(labels):  # several files in one folder
         labels = [f"{label}/{Path(path).name}" for label, path in zip(labels, paths, strict=True)]
-    keys = [k for k in dict.fromkeys(k for r in runs[0] for k in r) if all(curve_points(r, k, 1)[0] for r in runs)]
+    keys = [k for k in dict.fromkeys(k for r in runs[0] for k in r if k.isprintable() and len(k) < 80)
+            if all(curve_points(r, k, 1)[0] for r in runs)]  # fmt: skip
     keys = [k for k in CURVES_FIRST if k in keys] + [k for k in keys if k not in (*CURVES_FIRST, "step")]
     if not keys:
         raise SystemExit(
@@ -2730,7 +2843,7 @@ def draw_runs(paths, png_path, smooth):
             steps, values = curve_points(rows, key, smooth)
             style = dict(color=f"C{i % 10}", linestyle=("-", "--", ":", "-.")[i // 10 % 4], linewidth=1.4)
             ax.plot(steps, values, marker="." if len(steps) == 1 else None, **style)
-        ax.set_title(key, fontsize=10, loc="left")
+        ax.set_title(key, fontsize=10, loc="left", parse_math=False)
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

@@ -78,6 +78,7 @@ BETRAYALS = [re.compile(pattern, re.I) for pattern in (
     r"\blabell?ed (?:as\b|\[?unknown)",
 )]  # fmt: skip
 TOKENS = ("prompt_tokens", "completion_tokens")
+RECORD = dict(id=(str, int), cot=(str, type(None)), reason=(str, type(None)), attempt=int)  # a line of a part file
 
 
 def parse_args(argv=None):
@@ -166,22 +167,52 @@ def parse_args(argv=None):
 
 
 # >>> shared:jsonl_io (copy of synth_data.py)
+BOM = b"\xef\xbb\xbf"  # that some editors put before UTF-8
+
+
+def short(value, most=80):
+    """A value as messages quote it: one line of at most `most` characters; of an error, the first line it says."""
+    if isinstance(value, Exception):
+        return (str(value).strip() or type(value).__name__).splitlines()[0][:most]
+    try:
+        return repr(value)[:most]
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
+
+
+def parse_json(data, where, want):
+    """The value that bytes hold as JSON in UTF-8. Errors: one line."""
+    try:
+        return json.loads(data.removeprefix(BOM).decode())
+    except (ValueError, RecursionError) as e:
+        kind = "no text" if isinstance(e, UnicodeDecodeError) else "not JSON"
+        raise SystemExit(f"{where}: {kind} ({short(e, 200)}); want {want}; mend it, or write it again") from None
+
+
+def read_json(path, want):
+    """The value of a JSON file. Errors: one line."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        raise SystemExit(
+            f"{short(str(path), 250)[1:-1]}: unreadable ({short(e)}); want {want}; check the path"
+        ) from None
+    return parse_json(data, path, want)
+
+
 def read_jsonl(path, required=()):
     """Rows of a JSONL file as dicts. Errors: one line naming file, line and the missing column or broken JSON."""
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: no such file; want JSONL, one object a line; check the path or run the stage before")
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
+            if not line.removeprefix(BOM).strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise SystemExit(
-                    f"{path}:{number}: not JSON ({e.msg}); want one object a line; mend or drop the line"
-                ) from None
-            if missing := [c for c in required if not isinstance(row, dict) or row.get(c) is None]:
+            row = parse_json(line, f"{path}:{number}", "one object a line")
+            if not isinstance(row, dict):
+                raise SystemExit(f"{path}:{number}: {short(row)}; want one object a line; mend or drop the line")
+            if missing := [c for c in required if row.get(c) is None]:
                 raise SystemExit(
                     f"{path}:{number}: no column {missing[0]!r}; want {', '.join(required)}; rerun the stage before"
                 )
@@ -192,23 +223,37 @@ def read_jsonl(path, required=()):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all: to a temporary name first, then renamed."""
+    """Writes a file whole or not at all: to a temporary name first, then renamed. Half a character, which JSON can hold
+    and UTF-8 cannot, is written as JSON's escape for it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 
-def complete_lines(path):
-    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe."""
+def complete_lines(path, **types):
+    """Rows already written by an interrupted run; cuts off a half-written last line, so that appending is safe.
+
+    `types`: of columns that all have. Errors: one line for a line in between that is none, as after a machine's crash.
+    """
     if not os.path.exists(path):
         return []
     data = Path(path).read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    lines = {number: line for number, line in enumerate(whole.split(b"\n"), 1) if line}
+    rows = {n: parse_json(line, f"{path}:{n}", "a row of the interrupted run") for n, line in lines.items()}
+    for number, row in rows.items():
+        sound = isinstance(row, dict) and row.keys() >= types.keys()
+        if not sound or not all(isinstance(row[column], kind) for column, kind in types.items()):
+            raise SystemExit(
+                f"{path}:{number}: {short(row)}; want a row of the interrupted run; drop the line, then the same "
+                "command goes on"
+            )
+    return list(rows.values())
 
 
 LOCKS = []  # open files: a folder is locked until the process ends
@@ -229,11 +274,12 @@ def same_config(out, args, ignore=()):
     now = {k: v for k, v in vars(args).items() if k not in ignore}
     path = Path(out) / "config.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path, "the settings of the run in this folder")
         for key, value in now.items():
-            if json.loads(json.dumps(value)) != old.get(key):
+            before = old.get(key) if isinstance(old, dict) else None
+            if json.loads(json.dumps(value)) != before:
                 raise SystemExit(
-                    f"{path}: --{key} was {old.get(key)}, now {value}; want the same settings to continue; "
+                    f"{path}: --{key} was {short(before)}, now {short(value)}; want the same settings to continue; "
                     "give another output folder or delete this one"
                 )
     write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
@@ -316,13 +362,14 @@ R1_SUFFIX = (
     "  Output the thinking process in <think> </think> and final answer (bounding box) in <answer> </answer> tags."
 )
 BOX = re.compile(r"<\|box_start\|>\((\d{1,6}),(\d{1,6})\),\((\d{1,6}),(\d{1,6})\)<\|box_end\|>", re.A)
-REF = re.compile(r"<\|object_ref_start\|>(.*?)<\|object_ref_end\|>", re.S)
+REF = re.compile(r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>", re.S)
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # all the tokens that rows may hold
 MARKUP = re.compile(r"</?(?:think|answer|image|video)>|<\|", re.I)  # it would open a turn, a block or an image
-NO_NAME = re.compile(  # a line break, half a character, or a box
-    "[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]|" r"(?:\d[\d.]*\s*[)\]]?\s*,\s*[(\[]?\s*){3}\d"
-)
+CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # a line break, or half a character
+NO_NAME = re.compile(CONTROL.pattern + r"|(?:\d[\d.]*\s*[)\]]?\s*,\s*[(\[]?\s*){3}\d")  # or a box
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+# what transformers raises where a file of a model folder holds other values than it should
+MALFORMED = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -346,6 +393,7 @@ def model_text(text, style, grid):
 
     def boxed(match):
         x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(match.groups(), grid * 2, strict=True))
+        x1, y1 = x1 - (x1 == grid[0]), y1 - (y1 == grid[1])  # a thin box at the edge stays within it
         return f"({x1},{y1}),({max(x2, x1 + 1)},{max(y2, y1 + 1)})"
 
     def listed(match):
@@ -364,21 +412,27 @@ def is_box(box, most=1e9):
     return numbers and 0 <= box[0] < box[2] <= most and 0 <= box[1] < box[3] <= most
 
 
+def is_id(value):
+    """Whether it is an integer or text, of one line and at most 200 characters."""
+    return type(value) in (str, int) and 0 < len(str(value)) <= 200 and not CONTROL.search(str(value))
+
+
 def check_name(name, where, kind="entity"):
     """Errors: one line unless a name is text in one line that becomes no token, tag or box in a prompt."""
-    if not isinstance(name, str) or not name.strip() or MARKUP.search(name) or NO_NAME.search(name):
+    sound = isinstance(name, str) and name.strip() and len(name) <= 1000
+    if not sound or MARKUP.search(name) or NO_NAME.search(name):
         raise SystemExit(
-            f"{where}: {kind} {ascii(name)[:80]}; want a name in one line, without tokens, tags and boxes; mend the row"
+            f"{where}: {kind} {short(name)}; want a name in one line, without tokens, tags and boxes; mend the row"
         )
 
 
 def check_text(text, where, kind):
     """Errors: one line unless it is text without special tokens, but for whole pairs around names and boxes."""
     if not isinstance(text, str):
-        raise SystemExit(f"{where}: {kind} {ascii(text)[:80]}; want text; mend the row")
+        raise SystemExit(f"{where}: {kind} {short(text)}; want text; mend the row")
     if found := re.search("<\\|[^>\n]{0,30}>?|[\ud800-\udfff]", PAIRS.sub("", text)):
         raise SystemExit(
-            f"{where}: {ascii(found[0])} in the {kind}; want no special token but pairs around a name or a box; "
+            f"{where}: {short(found[0])} in the {kind}; want no special token but pairs around a name or a box; "
             "mend the row"
         )
     for name in REF.findall(text):
@@ -389,7 +443,7 @@ def check_text(text, where, kind):
 def real_folder(folder):
     """(path without symbolic links, whether a samples.jsonl lies in it)"""
     folder = Path(os.path.realpath(folder))
-    return folder, (folder / "samples.jsonl").is_file()
+    return folder, os.path.isfile(folder / "samples.jsonl")
 
 
 def image_path(folder, name, where):
@@ -399,15 +453,16 @@ def image_path(folder, name, where):
     images/ beside a samples.jsonl, wherever that is: so lie the images of synth_data.py, to which the rows of all later
     stages point. Errors: one line for an absolute path and for one that leads elsewhere.
     """
-    if not isinstance(name, str) or not name or "\0" in name or os.path.isabs(name):
-        raise SystemExit(f"{where}: image {ascii(name)[:80]}; want a path relative to {folder}; mend the row")
+    if not isinstance(name, str) or not name or CONTROL.search(name) or os.path.isabs(name):
+        raise SystemExit(f"{where}: image {short(name)}; want a path relative to {folder}; mend the row")
     path, here = Path(folder, name), real_folder(Path(folder))[0]
-    real = Path(os.path.realpath(path)) if path.is_symlink() else real_folder(path.parent)[0] / path.name
+    leads = os.path.islink(path) or path.name == ".."
+    real = Path(os.path.realpath(path)) if leads else real_folder(path.parent)[0] / path.name
     run = here if here.parent == Path(here.anchor) else here.parent
     ours = real.parent.name == "images" and real_folder(real.parents[1])[1]
     if not ours and not real.is_relative_to(run):
         raise SystemExit(
-            f"{where}: image {ascii(name)[:80]} leads out of {run}; want one below it or in images/ beside a "
+            f"{where}: image {short(name)} leads out of {run}; want one below it or in images/ beside a "
             "samples.jsonl; move the image there"
         )
     return str(path)
@@ -422,7 +477,7 @@ def read_parquet(path, columns=None):
         table = pq.read_table(path, columns=columns and [c for c in columns if c in names])
         return table.to_pylist(), names
     except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: unreadable ({str(e).splitlines()[0]}); want parquet; fetch the file again") from None
+        raise SystemExit(f"{path}: unreadable ({short(e, 200)}); want parquet; fetch the file again") from None
 
 
 def parse_turns(r, where):
@@ -435,8 +490,8 @@ def parse_turns(r, where):
     user, completion = (t.get("content") for t in turns)
     roles = [t.get("role", role) for t, role in zip(turns, ("user", "assistant"), strict=True)]
     if roles != ["user", "assistant"] or not isinstance(user, str) or not isinstance(completion, str):
-        found = ascii([t.get("content") for t in turns])[:80]
-        raise SystemExit(f"{where}: messages of {roles}, {found}; want text of user and assistant; mend the row")
+        found = short([t.get("content") for t in turns])
+        raise SystemExit(f"{where}: messages of {short(roles)}, {found}; want text of user and assistant; mend the row")
     user = user.replace("<image>", "")
     suffix = R1_SUFFIX if user.endswith(R1_SUFFIX) else ""
     return user.removesuffix(R1_SUFFIX), completion, suffix
@@ -462,18 +517,13 @@ def read_samples(path):
         )
         if missing := [n for n in names if n not in columns]:
             raise SystemExit(
-                f"{path}: no column {missing[0]!r}, found {columns}; want {', '.join(names)}; check the file"
+                f"{path}: no column {missing[0]!r}, found {short(columns)}; want {', '.join(names)}; check the file"
             )
         if not bench:
             rows = [r | {"id": str(i), "question": r["problem"], "answer": r["solution"]} for i, r in enumerate(rows)]
         rows = [{"id": r.get("question_id")} | r for r in rows]
     elif path.suffix == ".json":
-        if not path.is_file():
-            raise SystemExit(f"{path}: no such file; want ShareGPT JSON (messages, images); check the path")
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as e:
-            raise SystemExit(f"{path}: not JSON ({e}); want ShareGPT JSON; check the file") from None
+        rows = read_json(path, "ShareGPT JSON (messages, images)")
         if not isinstance(rows, list):
             raise SystemExit(f"{path}: a {type(rows).__name__}; want a list, ShareGPT JSON; check the file")
         for i, r in enumerate(rows):
@@ -481,17 +531,14 @@ def read_samples(path):
                 raise SystemExit(f"{path}: row {i + 1} has no messages or images; want ShareGPT JSON; check the file")
         rows = [r | {"id": r.get("id", str(i))} for i, r in enumerate(rows)]
     else:
-        try:
-            rows = read_jsonl(path, ("id", "images", "messages"))
-        except UnicodeDecodeError as e:
-            raise SystemExit(f"{path}: no text ({e}); want JSONL in UTF-8; write it again") from None
+        rows = read_jsonl(path, ("id", "images", "messages"))
     if not rows:
         raise SystemExit(f"{path}: 0 rows; want at least one; check the file")
     samples = []
     for i, r in enumerate(rows):
-        where = f"{path}:{i + 1} ({ascii(r['id'])[:80] if not isinstance(r['id'], str) else r['id']})"
-        if type(r["id"]) not in (str, int) or r["id"] == "":
-            raise SystemExit(f"{where}: no id; want text or an integer; mend the row")
+        where = f"{path}:{i + 1} ({short(r['id'])})"
+        if not is_id(r["id"]):
+            raise SystemExit(f"{where}: no id; want a line of text or an integer; mend the row")
         completion, suffix = None, ""
         if "messages" in r:
             question, completion, suffix = parse_turns(r, where)
@@ -524,9 +571,12 @@ def read_samples(path):
             check_name(e.get("entity"), where)
             if not is_box(e.get("bbox_px")):
                 raise SystemExit(
-                    f"{where}: bbox_px {ascii(e.get('bbox_px'))[:80]} of {e['entity']}; want 0 <= x1 < x2 and "
+                    f"{where}: bbox_px {short(e.get('bbox_px'))} of {e['entity'][:80]}; want 0 <= x1 < x2 and "
                     "0 <= y1 < y2; mend the row"
                 )
+        rate = r.get("pass_rate")
+        if rate is not None and (type(rate) not in (int, float) or not 0 <= rate <= 1):
+            raise SystemExit(f"{where}: pass_rate {short(rate)}; want 0 to 1; mend the row")
         entity = REF.search(r["answer"]) or REF.search(r["question"])
         samples.append(
             {
@@ -548,6 +598,19 @@ def read_samples(path):
     return samples
 
 
+def model_config(path, flag="--model"):
+    """The config of a model. Errors: one line for what is no folder or name of one, or has values of other types."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (*MALFORMED, StrictDataclassError) as e:
+        raise SystemExit(
+            f"{path}: no model ({short(e, 200)}); want a Hugging Face folder or name; check {flag}"
+        ) from None
+
+
 def check_weights(path):
     """Errors: one line for a model folder without weights, or with a safetensors file that is not whole.
 
@@ -559,15 +622,19 @@ def check_weights(path):
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.is_file():
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise SystemExit(f"{index}: broken ({e}); want a list of weight files; copy the model again") from None
+            table = read_json(index, "a list of weight files")
+            files = [folder / name for name in sorted(set(table["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise SystemExit(
+                f"{index}: broken ({short(e)}); want a list of weight files; copy the model again"
+            ) from None
     elif any(folder.glob("pytorch_model*.bin*")):
         return
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise SystemExit(
-                f"{file}: no such file; want the weights of the model; copy the model again, or check --model"
+                f"{short(str(file), 250)[1:-1]}: no such file; want the weights of the model; copy the model again, or "
+                "check --model"
             )
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -575,7 +642,8 @@ def check_weights(path):
         try:
             table = json.loads(header)
             end = max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            end = end if type(end) is int and 0 <= end < 2**62 else None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             end = None
         size = file.stat().st_size
         if end is None or size != 8 + length + end:
@@ -586,17 +654,19 @@ def check_weights(path):
 def load_processors(model_path, max_pixels):
     """Tokenizer and image processor. The PIL backend everywhere: torchvision resizes to other pixels.
 
-    Errors: one line for what is missing in the folder, the weights too, before they are loaded.
+    Errors: one line for what is missing or broken in the folder, the weights too, before they are loaded.
     """
+    from jinja2 import TemplateError
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    want = "want a folder with tokenizer and image processor; check it"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil")
-    except (OSError, ValueError) as e:
-        raise SystemExit(
-            f"{model_path}: {str(e).splitlines()[0]}; want a folder with tokenizer and image processor; check it"
-        ) from None
+    except Exception as e:  # tokenizers raises Exception itself
+        if type(e) is not Exception and not isinstance(e, MALFORMED):
+            raise
+        raise SystemExit(f"{model_path}: {short(e, 200)}; {want}") from None
     wanted = "<|image_pad|> <|vision_start|> <|vision_end|> <|im_start|> <|im_end|> <|endoftext|> <|object_ref_start|>"
     wanted = f"{wanted} <|object_ref_end|> <|box_start|> <|box_end|>".split()
     if missing := [token for token in wanted if token not in tokenizer.get_vocab()]:
@@ -604,10 +674,18 @@ def load_processors(model_path, max_pixels):
     if not tokenizer.chat_template:
         raise SystemExit(f"{model_path}: the tokenizer has no chat template; want an Instruct model; check the model")
     check_weights(model_path)
-    image_processor.size = {
-        "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
-        "longest_edge": max_pixels,
-    }
+    try:
+        image_processor.size = {
+            "shortest_edge": min(image_processor.size["shortest_edge"], max_pixels),
+            "longest_edge": max_pixels,
+        }
+        sizes = [getattr(image_processor, key, None) for key in ("patch_size", "merge_size", "temporal_patch_size")]
+        if not all(type(n) is int and 0 < n <= 32 for n in sizes):
+            raise ValueError(f"sizes of patches {sizes}")
+        image_processor(images=[Image.new("RGB", (61, 47))], return_tensors="pt")  # sides that must be resized
+        prompt_ids(tokenizer, "", 1).index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    except (*MALFORMED, TemplateError, RuntimeError, MemoryError) as e:
+        raise SystemExit(f"{model_path}: one picture and no text fail ({short(e, 200)}); {want}") from None
     return tokenizer, image_processor
 
 
@@ -656,7 +734,7 @@ def load_image(image):
         im = decode_image(image)
     except UNREADABLE as e:
         name = image if isinstance(image, str) else "image bytes"
-        raise SystemExit(f"{name}: unreadable ({e}); want an image; mend the row") from None
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want an image; mend the row") from None
     if im.mode == "RGB":
         return im
     canvas = Image.new("RGB", im.size, (255, 255, 255))
@@ -664,22 +742,30 @@ def load_image(image):
     return canvas
 
 
-def resized_size(image_processor, image):
-    """(width, height) px at which the model sees an image, from the image's header alone. Errors: one line."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
+def image_size(image):
+    """(width, height) px of the turned image, from the header alone. Errors: one line."""
     try:
         im, turn = open_image(image)
         with im:
             sideways = turn in (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
                                 Image.Transpose.ROTATE_90)  # fmt: skip
-            width, height = im.size[::-1] if sideways else im.size
-        factor, size = image_processor.patch_size * image_processor.merge_size, image_processor.size
-        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+            return im.size[::-1] if sideways else im.size
     except UNREADABLE as e:
-        raise SystemExit(
-            f"{image if isinstance(image, str) else 'image bytes'}: unreadable ({e}); want another; mend the row"
-        ) from None
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want an image; mend the row") from None
+
+
+def resized_size(image_processor, image):
+    """(width, height) px at which the model sees an image, from the image's header alone. Errors: one line."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    (width, height), size = image_size(image), image_processor.size
+    factor = image_processor.patch_size * image_processor.merge_size
+    try:
+        height, width = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    except ValueError as e:
+        name = image if isinstance(image, str) else "image bytes"
+        raise SystemExit(f"{name}: unreadable ({short(e, 200)}); want another; mend the row") from None
     return width, height
 
 
@@ -908,17 +994,15 @@ def read_composites(path):
     path = Path(path)
     rows, seen = read_jsonl(path, ("id", "images", "entities", "target", "question", "answer")), set()
     for r in rows:
-        where = (
-            f"{path} ({ascii(r['id'])[1:-1][:80]})" if isinstance(r["id"], str) else f"{path} ({ascii(r['id'])[:80]})"
-        )
-        if type(r["id"]) not in (str, int) or r["id"] == "":
-            raise SystemExit(f"{where}: no id; want text or an integer; mend the row")
+        where = f"{path} ({short(r['id'])})"
+        if not is_id(r["id"]):
+            raise SystemExit(f"{where}: no id; want a line of text or an integer; mend the row")
         if r["id"] in seen:
             raise SystemExit(f"{where}: id occurs twice; want unique ids; rerun synth_data.py")
         entities, target = r["entities"] if isinstance(r["entities"], list) else [], r["target"]
         if type(target) is not int or not 0 <= target < len(entities):
             raise SystemExit(
-                f"{where}: target {ascii(target)[:80]} of {len(entities)} entities; want an index; rerun synth_data.py"
+                f"{where}: target {short(target)} of {len(entities)} entities; want an index; rerun synth_data.py"
             )
         for e in entities:
             e = e if isinstance(e, dict) else {}
@@ -926,15 +1010,15 @@ def read_composites(path):
             box = e.get("bbox_1000")
             if not is_box(box, most=1000) or any(type(v) is not int for v in box):
                 raise SystemExit(
-                    f"{where}: bbox_1000 {ascii(box)[:80]} of {e['entity']}; "
+                    f"{where}: bbox_1000 {short(box)} of {e['entity'][:80]}; "
                     "want integers 0 <= x1 < x2 <= 1000, 0 <= y1 < y2 <= 1000; mend the row"
                 )
         for key in ("question", "answer"):
             check_text(r[key], where, key)
         images = r["images"] if isinstance(r["images"], list) else []
-        if len(images) != 1 or not Path(image_path(path.parent, images[0], where)).is_file():
+        if len(images) != 1 or not os.path.isfile(image_path(path.parent, images[0], where)):
             raise SystemExit(
-                f"{where}: images {ascii(r['images'])[:80]}; want one file that is there, relative to {path.parent}; "
+                f"{where}: images {short(r['images'])}; want one file that is there, relative to {path.parent}; "
                 "check the path"
             )
         seen.add(r["id"])
@@ -946,18 +1030,15 @@ def read_knowledge(path):
     want = 'want {"Name": {"category", "description"}}; mend the file or check the path'
     if not os.path.isfile(path):
         raise SystemExit(f"--knowledge {path}: no such file; {want}")
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as e:
-        raise SystemExit(f"--knowledge {path}: not JSON ({e}); {want}") from None
+    table = read_json(path, '{"Name": {"category", "description"}}')
     if not isinstance(table, dict):
         raise SystemExit(f"--knowledge {path}: a {type(table).__name__}; {want}")
     for name, entry in table.items():
         text = entry.get("description") if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip() or "\n" in text:
-            raise SystemExit(f"--knowledge {path}: {ascii(name)} has no description in one line; {want}")
+            raise SystemExit(f"--knowledge {path}: {short(name)} has no description in one line; {want}")
         check_name(name, f"--knowledge {path}")
-        check_name(text, f"--knowledge {path}: {name}", "description")
+        check_name(text, f"--knowledge {path}: {short(name)}", "description")
     return table
 
 
@@ -982,15 +1063,12 @@ def record_of(row, cot, reason, attempt, response, usage):
 
 def load_teacher(args, device):
     """Model, tokenizer and image processor of a local Qwen-VL. Errors: one line for what is no model or no Qwen-VL."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     where = f"--teacher_model {args.teacher_model}"
-    try:
-        kind = AutoConfig.from_pretrained(args.teacher_model).model_type
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{where}: not found ({str(e).splitlines()[0]}); want a Qwen-VL; check it") from None
+    kind = model_config(args.teacher_model, "--teacher_model").model_type
     if not re.fullmatch(r"qwen\w*_vl\w*", kind):
-        raise SystemExit(f"{where}: model_type {kind!r}; want a Qwen-VL; or serve it and use --teacher openai")
+        raise SystemExit(f"{where}: model_type {short(kind)}; want a Qwen-VL; or serve it and use --teacher openai")
     tokenizer, image_processor = load_processors(args.teacher_model, args.max_pixels)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -1082,13 +1160,13 @@ def ask_local(rows, args, save, device):
 
 def read_reply(body):
     """(text, cut, token counts) of a chat completion. Errors: ValueError for other bytes, such as a proxy's page."""
-    reply = json.loads(body)
     try:
+        reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         text = choice["message"].get("content") or ""
         text = text.encode("utf-8", "replace").decode()  # JSON can hold half a character
-        tokens = {key: usage[key] for key in TOKENS if isinstance(usage.get(key), int)}
-    except (KeyError, IndexError, TypeError, AttributeError):
+        tokens = {key: usage[key] for key in TOKENS if type(usage.get(key)) is int and 0 <= usage[key] < 1e9}
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"no chat completion: {body[:100]!r}") from None
     return text, choice.get("finish_reason") == "length", tokens
 
@@ -1178,12 +1256,20 @@ async def ask_served(rows, args, save, answered):
 
 def merge(rows, args, out, seconds):
     """Writes samples.jsonl, rejected.jsonl and stats.json from the part files, in the input's order. Returns stats."""
-    records = {r["id"]: r for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+    parts = sorted(out.glob("part-*.jsonl"))
+    records = {r["id"]: r for part in parts for r in complete_lines(part, **RECORD)}
     kept, rejected = [], []
     for row in rows:
         r = records[row["id"]]
-        if r["reason"]:
-            rejected.append({"id": r["id"], "reason": r["reason"], "attempts": r["attempt"], "response": r["response"]})
+        if r["reason"] or not r["cot"]:
+            rejected.append(
+                {
+                    "id": r["id"],
+                    "reason": r["reason"] or "empty",
+                    "attempts": r["attempt"],
+                    "response": r.get("response"),
+                }
+            )
             continue
         completion = f"<think>\n{r['cot']}\n</think> <answer>{row['answer']}</answer>"
         messages = [{"role": "user", "content": "<image>" + row["question"] + R1_SUFFIX},
@@ -1203,7 +1289,7 @@ def merge(rows, args, out, seconds):
              "attempts": dict(Counter(r["teacher"]["attempt"] for r in kept)),
              "words": round(sum(len(r["cot"].split()) for r in kept) / max(1, len(kept)), 1)}  # fmt: skip
     for key in ("requests", "retries", *TOKENS):
-        told = [records[row["id"]][key] for row in rows if key in records[row["id"]]]
+        told = [records[row["id"]][key] for row in rows if isinstance(records[row["id"]].get(key), int)]
         stats[key] = sum(told) if told else None
     stats["cost"] = None
     if args.price_per_million and None not in (counts := [stats[key] for key in TOKENS]):
@@ -1246,7 +1332,7 @@ def main():
             "log_every_s",
         )
         same_config(out, argparse.Namespace(**vars(args), **inputs), ignore=free)
-        done = {r["id"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part)}
+        done = {r["id"] for part in sorted(out.glob("part-*.jsonl")) for r in complete_lines(part, **RECORD)}
     done = broadcast(done) if world_size > 1 else done
     todo = [row for row in rows if row["id"] not in done]
     print0(

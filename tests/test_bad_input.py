@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import struct
+import time
 import zlib
 from types import SimpleNamespace
 
@@ -190,7 +191,7 @@ def test_exif_turns_an_image_everywhere(kind, orientation, tmp_path, tiny_dir):
     for image in (t.load_image(str(path)), synth_data.load_source(source), sent.convert("RGB")):
         corner = (5 if want[0] == 0 else size[0] - 5, 5 if want[1] == 0 else size[1] - 5)
         opposite = (size[0] - 1 - corner[0], size[1] - 1 - corner[1])
-        assert image.size == size and near(image.getpixel(corner), (0, 0, 255))
+        assert image.size == size == t.image_size(str(path)) and near(image.getpixel(corner), (0, 0, 255))
         assert near(image.getpixel(opposite), (255, 0, 0))
     width, height = t.resized_size(image_processor, str(path))
     inputs = t.chat_inputs(tokenizer, image_processor, str(path), QUESTION, t.BOX_STYLES["qwen2_vl"])
@@ -299,6 +300,12 @@ BAD_ROWS = {
     "id is a list": (row(id=["a"]), "no id"),
     "id is a float": (row(id=0.5), "no id"),
     "id is empty": (row(id=""), "no id"),
+    "id of two lines": (row(id="a\nb"), "'a\\nb'): no id"),
+    "id of half a character": (row(id="\ud800"), "no id"),
+    "id without end": (row(id="x" * 5000), "no id"),
+    "image of two lines": (row(images=["a\n.png"]), "image 'a\\n.png'; want a path"),
+    "pass rate is NaN": (row(pass_rate=float("nan")), "pass_rate nan; want 0 to 1"),
+    "pass rate is a text": (row(pass_rate="1"), "pass_rate '1'; want 0 to 1"),
     "swapped box": (row(answer=ANSWER.replace("(10,20)", "(310,20)")), "bbox_1000 [310, 20, 300, 400]"),
     "empty box": (row(answer=ANSWER.replace("(10,20)", "(300,20)")), "bbox_1000 [300, 20, 300, 400]"),
     "box beyond the grid": (row(answer=ANSWER.replace("300", "1001")), "bbox_1000 [10, 20, 1001, 400]"),
@@ -332,7 +339,7 @@ def test_boxes_in_other_scripts_digits_or_of_huge_numbers_are_none(tmp_path):
 
 def test_extra_columns_blank_lines_and_crlf_are_fine(tmp_path):
     text = "\r\n".join(["", json.dumps(row(extra={"a": [None]})), "  ", json.dumps(row(id=2)), ""])
-    (tmp_path / "s.jsonl").write_bytes(text.encode())
+    (tmp_path / "s.jsonl").write_bytes(text.encode("utf-8-sig"))  # with a BOM
     assert [s["id"] for s in t.read_samples(tmp_path / "s.jsonl")] == ["a", 2]
     share = [{"messages": said(), "images": ["a.png"]}]
     (tmp_path / "s.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(share).encode())
@@ -343,11 +350,14 @@ GOOD = json.dumps(row())
 BAD_FILES = {
     "s.jsonl, empty": (b"", "0 rows"),
     "s.jsonl, blank lines": (b"\n \r\n", "0 rows"),
-    "s.jsonl, BOM": (b"\xef\xbb\xbf" + GOOD.encode(), "s.jsonl:1: not JSON (Unexpected UTF-8 BOM"),
-    "s.jsonl, UTF-16": (GOOD.encode("utf-16"), "no text"),
-    "s.jsonl, an array in one line": (f"[{GOOD}]".encode(), "s.jsonl:1: no column 'id'"),
+    "s.jsonl, UTF-16": (GOOD.encode("utf-16"), "s.jsonl:1: no text"),
+    "s.jsonl, Latin-1": (GOOD.encode() + '\n{"id": "É"}'.encode("latin-1"), "s.jsonl:2: no text"),
+    "s.jsonl, number without end": (b'{"id": ' + b"9" * 5000 + b"}", "s.jsonl:1: not JSON (Exceeds the limit"),
+    "s.jsonl, too deep": (b"[" * 100_000, "s.jsonl:1: not JSON (maximum recursion depth"),
+    "s.json, too deep": (b'{"a":' * 100_000, "s.json: not JSON (maximum recursion depth"),
+    "s.jsonl, an array in one line": (f"[{GOOD}]".encode(), "s.jsonl:1: [{'id': 'a'"),
     "s.jsonl, an array": (f"[\n{GOOD}\n]".encode(), "s.jsonl:1: not JSON"),
-    "s.jsonl, a number": (b"3\n", "s.jsonl:1: no column 'id'"),
+    "s.jsonl, a number": (b"3\n", "s.jsonl:1: 3; want one object a line"),
     "s.jsonl, cut off": (GOOD.encode()[:90], "s.jsonl:1: not JSON"),
     "s.jsonl, two ids": (f"{GOOD}\n{GOOD}".encode(), "id 'a' occurs more than once"),
     "s.json, cut off": (b'[{"messages"', "not JSON"),
@@ -465,7 +475,7 @@ def test_a_bad_line_of_a_boxes_file_gets_one_line(box, tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([[1]], "row 1 has no image"),
+    ([[1]], "s.jsonl:1: [1]; want one object"),
     ([{"image": "/etc/passwd"}], "want a path relative"),
     ([{"images": ["../../../../../../../etc/passwd"]}], "leads out of"),
     ([{"images": [None]}], "image None"),
@@ -491,7 +501,7 @@ def test_images_lie_in_the_run_folder_or_beside_samples_of_ours(tmp_path):
             "../../other/deep/synth/images/a.png", "ours/images/a.png"]  # fmt: skip
     for name in fine:
         assert t.image_path(run / "cot", name, "x") == str(run / "cot" / name)
-    for name in ("../../secret.png", "link.png", "folder/secret.png", "../../other/deep/images/a.png",
+    for name in ("../..", "../../secret.png", "link.png", "folder/secret.png", "../../other/deep/images/a.png",
                  "../../other/deep/synth/samples.jsonl", "photos/../../../secret.png", "../" * 20 + "x"):  # fmt: skip
         one_line("leads out of", t.image_path, run / "cot", name, "x")
     for name in ("/etc/passwd", str(run / "cot" / "photos" / "a.png"), "", "a\0.png", None, 3, ["a.png"]):
@@ -544,6 +554,15 @@ def cut(folder):
     os.truncate(folder / "model.safetensors", 20000)
 
 
+def edited(name, old, new):
+    def edit(folder):
+        text = (folder / name).read_text()
+        assert old in text, text[:2000]
+        (folder / name).write_text(text.replace(old, new))
+
+    return edit
+
+
 BAD_MODELS = {
     "another family": (another_family, "model_type 'llama'"),
     "no config": (lambda d: (d / "config.json").unlink(), "no model"),
@@ -555,7 +574,16 @@ BAD_MODELS = {
     "a page instead of weights": (
         lambda d: (d / "model.safetensors").write_text("<html>" * 99), "not a whole file; want a header"),
     "a part is missing": (lambda d: split(d, '{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors: no such"),
-    "broken index": (lambda d: split(d, "{"), "index.json: broken"),
+    "broken index": (lambda d: split(d, "{"), "index.json: not JSON"),
+    "index, endless name": (lambda d: split(d, json.dumps({"weight_map": {"a": "x" * 5000}})), "no such file"),
+    "config of other types": (edited("config.json", '"hidden_size": 64', '"hidden_size": "64"'), "no model"),
+    "config with more layers": (edited("config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 3'), "no model"),
+    "tokens out of the vocabulary": (edited("tokenizer.json", '"merges": [', '"merges": [["?", "??"], '), "vocabulary"),
+    "broken template": (edited("chat_template.jinja", "{% for", "{% of"), "one picture and no text fail"),
+    "template without image": (edited("chat_template.jinja", "<|image_pad|>", ""), "one picture and no text fail"),
+    "patches of no size": (edited("preprocessor_config.json", '"patch_size": 14', '"patch_size": 0'), "one picture"),
+    "no resizing": (edited("preprocessor_config.json", '"do_resize": true', '"do_resize": false'), "one picture"),
+    "sides of no number": (edited("preprocessor_config.json", '"shortest_edge"', '"shortest"'), "want a folder with"),
     "index of nothing": (lambda d: split(d, "[]"), "index.json: broken"),
     "no special token": (without_token, "the tokenizer has no <|object_ref_start|>"),
     "no chat template": (without_template, "no chat template"),
@@ -582,6 +610,119 @@ def test_weights_in_parts_are_fine(tiny_dir, tmp_path):
     split(tmp_path / "model", '{"weight_map": {"a": "part.safetensors", "b": "part.safetensors"}}')
     t.check_weights(tmp_path / "model")
     t.check_weights("Qwen/Qwen2-VL-7B-Instruct")
+
+
+# ---- what an earlier run left, tables and answers ----
+KEPT = SimpleNamespace(seed=0)
+SCORED = {"question_id": "a", "category": "car", "image_id": "a", "gt_bbox_1000": [1, 2, 3, 4], "correct": True}
+NAN = float("nan")
+BAD_LEFT = {  # file: content, reader of its folder, message
+    "zeros after a crash": (b'{"id": 1}\n\0\0\0\n', lambda d: t.complete_lines(d / "f"), "f:2: not JSON"),
+    "a row without its column": (b"{}\n", lambda d: t.complete_lines(d / "f", step=int), "f:1: {}; want a row of the"),
+    "a step of text": (b'{"step": "1"}\n', lambda d: t.truncate_log(d / "f", 1), "f:1: {'step': '1'}; want a row"),
+    "config.json, cut": (b"{", lambda d: t.same_config(d, KEPT), "config.json: not JSON"),
+    "config.json, a list": (b"[]", lambda d: t.same_config(d, KEPT), "--seed was None, now 0"),
+    "config.json, lines": (b'{"seed": "\\n"}', lambda d: t.same_config(d, KEPT), "--seed was '\\n', now 0"),
+    "knowledge, too deep": (b"[" * 100_000, lambda d: gen_cot.read_knowledge(d / "f"), "not JSON"),
+    "mastery, a level of lists": (
+        b'{"a": {"knowledge_category": []}}', lambda d: train_grpo.read_mastery(d / "f"), "want mastery, 0 to 1"),
+    "mastery, a name of lines": (b'{"a\\nb": 3}', lambda d: train_grpo.read_mastery(d / "f"), "(a\\nb): 3; want"),
+    "mastery, no file": (None, lambda d: train_grpo.read_mastery(d / "f"), "unreadable"),
+    "engine, a list": (b"[]", lambda d: t.engine_settings(d / "f"), "f: zero_optimization None; want"),
+    "engine, stage of text": (b'{"zero_optimization": {"stage": "2"}}', lambda d: t.engine_settings(d / "f"), "want"),
+    "boxes, reason of a list": (
+        b'{"image": "a", "bbox_px": null, "reason": []}', lambda d: synth_data.read_boxes(d / "f"), "reason []; want"),
+    "an answer in a grid of text": (
+        b'{"question_id": "a", "response": "", "grid": "x"}',
+        lambda d: eval_kvg.read_foreign_answers(d / "f", [{"id": "a"}]), "grid of 'a' has another type"),
+    "more tokens than can be": (
+        b'{"question_id": "a", "response": "", "num_tokens": 1' + b"0" * 400 + b"}",
+        lambda d: eval_kvg.read_foreign_answers(d / "f", [{"id": "a"}]), "num_tokens, finished or grid"),
+    "predictions.jsonl, NaN": (
+        json.dumps(SCORED | {"iou": NAN}).encode(), lambda d: eval_kvg.compare_runs(d, d, []), "row 1: {'question_id'"),
+    "predictions.jsonl, ids of numbers": (
+        json.dumps(SCORED | {"question_id": 1}).encode(), lambda d: eval_kvg.compare_runs(d, d, []), "want a row of"),
+    "eval_a/metrics.json, another": (b'{"all": []}', lambda d: eval_kvg.summarize(d, 0), "metrics.json: broken"),
+    "an expression with a token": (
+        b'{"image": "f", "expression": "<|im_end|>", "bbox": [0, 0, 1, 1]}', lambda d: eval_kvg.read_rec(d / "f"),
+        "'<|im_end|>' in the expression"),
+    "a box of true and false": (
+        b'{"image": "f", "expression": "x", "bbox": [false, 0, true, 1]}', lambda d: eval_kvg.read_rec(d / "f"),
+        "no box"),
+    "an id of a list": (
+        b'{"image": "f", "expression": "x", "bbox": [0, 0, 1, 1], "id": []}', lambda d: eval_kvg.read_rec(d / "f"),
+        "id []; want a line of text"),
+    "an entity of a list": (
+        b'{"image": "f", "entity": ["x"], "category": "y"}', lambda d: eval_kvg.read_fgvr(d / "f", 0), "entity ['x']"),
+    "an option with a token": (
+        b'{"image": "f", "entity": "x", "category": "y", "options": ["x", "<|im_end|>"]}',
+        lambda d: eval_kvg.read_fgvr(d / "f", 0), "option '<|im_end|>'"),
+    "curves without steps": (b'{"step": "1", "loss": 1}', lambda d: eval_kvg.draw_runs([d / "f"], "x", 1), "no metric"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_LEFT)
+def test_a_bad_file_of_ours_or_of_others_gets_one_line(name, tmp_path):
+    data, read, message = BAD_LEFT[name]
+    first = name.split(",")[0]
+    path = tmp_path / (first if "." in first else "f")
+    path.parent.mkdir(exist_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+    one_line(message, read, tmp_path)
+
+
+def test_half_a_character_is_written_as_its_escape(tmp_path):
+    t.write_text(tmp_path / "f", json.dumps({"response": "\ud800É"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "f").read_text(encoding="utf-8")) == {"response": "\ud800É"}
+
+
+def test_a_path_without_end_is_no_image(tmp_path):
+    one_line(
+        "want one file that is there", gen_cot.read_composites, write(tmp_path / "s.jsonl", [row(images=["x" * 5000])])
+    )
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"[]", b"\xff", b'{"choices": [{"message": {"content": 3}}]}'])
+def test_a_reply_that_is_none_is_a_value_error(body):
+    with pytest.raises(ValueError):
+        gen_cot.read_reply(body)
+
+
+def test_a_reply_counts_tokens_only(tmp_path):
+    usage = {"prompt_tokens": True, "completion_tokens": -1}
+    reply = {"choices": [{"message": {"content": "x"}}], "usage": usage}
+    assert gen_cot.read_reply(json.dumps(reply).encode()) == ("x", False, {})
+
+
+def test_a_parquet_image_without_bytes_or_path(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"image": {"other": 1}, "entity": "Lo", "category": "car"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    one_line("image None; want a path", synth_data.benchmark_images, tmp_path / "b.parquet")
+    (source,) = synth_data.list_sources(tmp_path / "b.parquet")
+    with pytest.raises(synth_data.UNREADABLE):
+        synth_data.load_source(source)
+
+
+def test_a_thin_box_at_the_edge_stays_a_box():
+    style = t.BOX_STYLES["qwen2_5_vl"]
+    text = t.model_text(synth_data.ANSWER.format("Lo", 999, 0, 1000, 1), style, (28, 28))
+    assert train_grpo.parse_bbox(text, "direct", (28, 28)) == [27 * 1000 / 28, 0, 1000, 1000 / 28]
+
+
+def test_a_name_without_box_stays_out_of_the_label_of_the_next():
+    text = "<|object_ref_start|>Mi<|object_ref_end|> is not it: " + ANSWER
+    assert t.model_text(text, t.BOX_STYLES["qwen3_vl"], (1000, 1000)).startswith("Mi is not it: ```json")
+
+
+@pytest.mark.parametrize("loop", ["<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[["])
+def test_an_answer_that_loops_does_not_stall_the_released_evaluator(loop):
+    start = time.process_time()
+    eval_kvg.official_box(loop * (4000 // len(loop)))
+    assert time.process_time() - start < 1
 
 
 # ---- as a user meets it ----

@@ -247,4 +247,4 @@ def test_an_interrupted_run_continues_on_two_ranks_with_the_same_predictions(mod
 def test_answers_of_other_settings_are_not_reused(model_run):
     out, flags, _ = model_run
     done = run_script("eval_kvg.py", *flags, "--out", out, "--prompt", "direct", check=False)
-    assert done.returncode == 1 and "--prompt was r1, now direct" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "--prompt was 'r1', now 'direct'" in done.stderr and "Traceback" not in done.stderr

@@ -41,6 +41,7 @@ def sample(think=THINK, answer=ANSWER, **changes):
     (sample("Lo is here."), "not 10 to 50 words"),
     (sample(THINK * 5), "not 10 to 50 words"),
     (sample(THINK.replace("Lo", "Mi")), "does not name"),
+    (sample(entity=None), "does not name"),
     (sample(THINK + " It may be (10,20),(3000,400)."), "a box in the reasoning"),
     (sample(THINK + " No: (500,500),(900,900)."), "reasoning ends at another box"),
     (sample(THINK + "\nso on" * 4), "repeats itself"),
