@@ -1139,26 +1139,32 @@ class CompletionLogProbs(torch.nn.Module):
         return torch.cat([checkpoint(self.score, h, t, use_reentrant=False) for h, t in parts])
 
 
+def engine_settings(path):
+    """Settings of a DeepSpeed config: engine matters only. Errors: one line; the rest of it DeepSpeed checks."""
+    want = '{"zero_optimization": {"stage": 1, 2 or 3, ...}, ...}'
+    settings = read_json(path, want)
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    numbers = ("reduce_bucket_size", "stage3_max_live_parameters")
+    sound = isinstance(zero, dict) and type(zero.get("stage")) is int and 0 <= zero["stage"] <= 3
+    if not sound or not all(type(zero.get(key, 0)) in (int, float) and 0 <= zero.get(key, 0) < 1e15 for key in numbers):
+        raise SystemExit(f"{path}: zero_optimization {short(zero)}; want {want}; mend the file")
+    ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+            "optimizer", "scheduler")  # fmt: skip
+    if clash := [key for key in ours if key in settings]:
+        raise SystemExit(
+            f"{path}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
+        )
+    return settings
+
+
 def start_engine(scorer, args):
-    """DeepSpeed engine around a CompletionLogProbs. `ds_config.json` holds engine matters only; the flags the rest."""
+    """DeepSpeed engine around a CompletionLogProbs, with the settings of --deepspeed and of the flags."""
     import deepspeed
 
-    config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-    ours = {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "optimizer",
-        "scheduler",
-    }
-    if clash := sorted(ours & set(config)):
-        raise SystemExit(
-            f"{args.deepspeed}: has {clash[0]!r}; want engine settings only; remove it and use the flags of the script"
-        )
+    config = engine_settings(args.deepspeed)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
     if args.zero_stage:
-        config.setdefault("zero_optimization", {})["stage"] = args.zero_stage
+        config["zero_optimization"]["stage"] = args.zero_stage
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop says which backward pass is the last, see `backward`
@@ -1356,14 +1362,20 @@ def newest_checkpoint(output_dir):
     newest = max(found, key=lambda c: int(c.parent.name.split("-")[1]))
     folder, advice = newest.parent, "remove this checkpoint, then the same command goes on from the one before"
     try:
-        state = json.loads(newest.read_text(encoding="utf-8"))
+        state = json.loads(newest.read_bytes())
         files = {folder / name: size for name, size in state["files"].items()}
-    except (ValueError, KeyError):
+        numbers = [*files.values(), *(state[key] for key in ("step", "num_tokens", "world_size"))]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError("no numbers")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise SystemExit(f"{newest}: cut or damaged; want it as it was written; {advice}") from None
     for file, size in files.items():
-        if not file.exists() or file.stat().st_size != size:
-            length = f"{file.stat().st_size:,} bytes" if file.exists() else "no file"
-            raise SystemExit(f"{file}: {length}; want {size:,} bytes, as it was written; {advice}")
+        found = os.path.getsize(file) if os.path.isfile(file) else None
+        if found != size:
+            length = "no file" if found is None else f"{found:,} bytes"
+            raise SystemExit(
+                f"{short(str(file), 250)[1:-1]}: {length}; want {size:,} bytes, as it was written; {advice}"
+            )
     return folder, state
 
 
@@ -1536,18 +1548,6 @@ def plan_shape(sizes, args, num_gpus):
         together=min(prompts, max(1, getattr(args, "rollout_batch_size", 0) // G)),  # prompts that are decoded at once
         kv=4 * sizes.layers * sizes.key,  # bytes of a token's key and value
     )  # fmt: skip
-
-
-def engine_settings(path):
-    """Settings of a DeepSpeed config. Errors: one line for what is none; what else is wrong in it, DeepSpeed says."""
-    want = '{"zero_optimization": {"stage": 1, 2 or 3, ...}, ...}'
-    settings = read_json(path, want)
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    numbers = ("reduce_bucket_size", "stage3_max_live_parameters")
-    sound = isinstance(zero, dict) and type(zero.get("stage")) is int and 0 <= zero["stage"] <= 3
-    if not sound or not all(type(zero.get(key, 0)) in (int, float) and 0 <= zero.get(key, 0) < 1e15 for key in numbers):
-        raise SystemExit(f"{path}: zero_optimization {short(zero)}; want {want}; mend the file")
-    return settings
 
 
 def plan_memory(model, args, num_gpus, stage, checkpointing):

@@ -194,8 +194,11 @@ def rewards(data, folder):
     for i, (level, form) in enumerate((level, form) for level in g.LEVELS for form in (None, "reward", "advantage")):
         sample = SAMPLE | {"grid": GRIDS[i % 4], "style": STYLES[i % 3], "level": level}
         args = SimpleNamespace(iou_threshold=0.5, knowledge_form=form)
-        for name, reward in g.REWARDS.items():
-            value, low = reward(text, sample, args), g.LEVELS[level][2] if (name, form) == ("iou", "reward") else 0
+        for name in ("binary", "dense_iou", "format", "iou"):
+            value, low = (
+                g.REWARDS[name](text, sample, args),
+                g.LEVELS[level][2] if (name, form) == ("iou", "reward") else 0,
+            )
             assert low <= value <= 1, (name, value)
             if g.parse_bbox(text, grid=sample["grid"]) is None:
                 assert value <= (0.5 if name == "format" else 0), (name, value)
@@ -567,6 +570,16 @@ def config_kept(data, folder):
         t.same_config(folder, SimpleNamespace(seed=0, samples="a", grid=[3, 2]))
     finally:
         t.LOCKS.pop().close()
+
+
+@target("json", {"step": 4, "num_tokens": 9, "world_size": 1, "files": {"model/a": 3}})
+def checkpoint(data, folder):
+    """state.json of a checkpoint."""
+    (folder / "checkpoint-4/model").mkdir(parents=True, exist_ok=True)
+    put(folder / "checkpoint-4", "state.json", data)
+    put(folder / "checkpoint-4/model", "a", b"abc")
+    state = t.newest_checkpoint(folder)[1]
+    assert all(type(state[key]) is int for key in ("step", "num_tokens", "world_size"))
 
 
 MODEL = ROOT / "tests/toy/base"

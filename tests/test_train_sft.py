@@ -220,7 +220,7 @@ def test_a_bad_row_gets_one_clear_line_before_weights_are_loaded(edit, message, 
 
 
 def test_engine_settings_that_belong_to_flags_are_refused(tiny_dir, synth_dir, tmp_path):
-    (tmp_path / "ds.json").write_text('{"train_batch_size": 8}')
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}')
     done = train(
         tmp_path / "out", tiny_dir, synth_dir / "samples.jsonl", "--deepspeed", tmp_path / "ds.json", check=False
     )
