@@ -565,7 +565,9 @@ def read_samples(path):
                 f"{where}: bbox_1000 {bbox_1000}; want 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000; mend the row"
             )
         listed = r.get("entities") or []
-        for e in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(listed, list):
+            raise SystemExit(f"{where}: entities {short(listed)}; want a list; mend the row")
+        for e in listed:
             e = e if isinstance(e, dict) else {}
             check_name(e.get("entity"), where)
             if not is_box(e.get("bbox_px")):

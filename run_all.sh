@@ -82,14 +82,16 @@ if [ -n "$TOY" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
   TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
-  N_SFT=4800 N_GRPO=400 LENGTH=320
+  # stage 1 is short enough to leave something to learn; the same settings over several seeds: bash run_all.sh study
+  N_SFT=1500 N_GRPO=640 LENGTH=320 FILTER="--temperature 0.8"
   SFT="--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
-  GRPO="--learning_rate 5e-5 --train_batch_size 16 --num_generations 8 --max_completion_length $LENGTH --max_steps 30 --save_steps 10"
+  GRPO="--learning_rate 1e-4 --lr_scheduler constant --train_batch_size 16 --num_generations 8 --temperature 0.8 --iou_threshold 0.5"
+  GRPO+=" --max_completion_length $LENGTH --max_steps 40 --save_steps 10"
 else # the paper's recipe
   : "${DATA:?want DATA=folder of single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=knowledge[:FILE], hf:MODEL, shard:MODEL or openai:MODEL}"
   NPROC=${NPROC:-$("$PY" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
   RUN=${RUN:-runs/real} RUNNER=torchrun SYNTH="--exclude $BENCH" SEEN=${SEEN:-aircraft car reptilia bird food} N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=1024
-  SFT="" GRPO="--max_completion_length 512 --gradient_checkpointing" # else a 7B fills 80 GB, see --plan
+  FILTER="" SFT="" GRPO="--max_completion_length 512 --gradient_checkpointing" # else a 7B fills 80 GB, see --plan
   [ -z "${BOX_MODEL:-}" ] || { SYNTH+=" --box_model $BOX_MODEL" SYNTH_RUNNER=$RUNNER; }
   if [ "$TEACHER" = knowledge ]; then
     for folder in "$DATA" "$(dirname "$DATA")"; do [ ! -f "$folder/knowledge.json" ] || TEACHER=knowledge:$folder/knowledge.json; done
@@ -125,7 +127,7 @@ done
 # stage 2 learns from composites that stage 1 has not seen
 stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
 stage filter_grpo $RUNNER filter.py --stage grpo --model "$RUN/train_cot_sft/final" --samples "$RUN/synth_grpo/samples.jsonl" \
-  --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED" ${FILTER_FLAGS:-}
+  --out "$RUN/filter_grpo" --max_completion_length "$LENGTH" --seed "$SEED" $FILTER ${FILTER_FLAGS:-}
 stage train_grpo $RUNNER train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" \
   --seed "$SEED" $GRPO ${GRPO_FLAGS:-}
 for name in base sft cot_sft grpo; do
