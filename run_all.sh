@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline: set-up, data, both training stages, evaluation.
 #
-#   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 5 min on 2 CPU cores
+#   bash run_all.sh                 the toy world: no data, no weights, no GPU needed; about 4 min on 2 CPU cores
 #   MODEL=Qwen/Qwen2-VL-7B-Instruct DATA=fgvr/ BENCH=kvg-bench.parquet TEACHER=openai:Qwen/Qwen2-VL-72B-Instruct bash run_all.sh
 #                                   the paper's recipe on every GPU of this node; TEACHER is
 #                                     openai:MODEL      a server at OPENAI_BASE_URL (default http://localhost:8000/v1)
