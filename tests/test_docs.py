@@ -41,7 +41,9 @@ def test_every_script_alone_imports_without_side_effects_and_prints_its_help(hel
 def test_flags_in_docs_exist(helps):
     by_hand = [
         ROOT / "tests" / "toy" / "make_toy.py",
+        ROOT / "tests" / "toy" / "study.py",
         ROOT / "tests" / "faults.py",
+        ROOT / "tests" / "fuzz.py",
         *(ROOT / "tests").glob("bench_*.py"),
     ]
     known = set().union(*(flags_of(f.read_text()) for f in by_hand), *(flags_of(t) for t in helps.values()))
