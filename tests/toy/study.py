@@ -1,6 +1,6 @@
 """The questions of the paper, answered in the toy world: every table of the README's results, over several seeds.
 
-  bash run_all.sh study            about 2.5 hours on 2 CPU cores; also: python tests/toy/study.py --out runs/study
+  bash run_all.sh study            hours on 2 CPU cores; also: python tests/toy/study.py --out runs/study
   python tests/toy/study.py --out runs/study --report        the tables of what is finished, at any time
 
 A job is one command of the pipeline with a folder of its own, runs/study/SEED/NAME; `jobs_of` lists those of a seed. It
@@ -202,10 +202,10 @@ def run_jobs(jobs, out, at_once):
                 free = len(running) < at_once and name not in done | running.keys()
                 if free and needs(name, command, out) <= done:
                     (out / name).mkdir(parents=True, exist_ok=True)
-                    log = open(out / f"{name}.log", "a")
-                    process = subprocess.Popen(
-                        [sys.executable, *command], stdout=log, stderr=log, cwd=TOY.parents[1], env=env
-                    )
+                    with open(out / f"{name}.log", "a") as log:
+                        process = subprocess.Popen(
+                            [sys.executable, *command], stdout=log, stderr=log, cwd=TOY.parents[1], env=env
+                        )
                     running[name] = process, time.time()
             time.sleep(0.2)
             for name, (process, since) in list(running.items()):
@@ -419,6 +419,8 @@ def main():
     p.add_argument("--unknown", metavar="FOLDER", help="write the base without half of its knowledge, and stop")
     p.add_argument("--seed", type=int, default=0, help="of --unknown")
     args = p.parse_args()
+    if not set(args.arm_seeds) <= set(args.seeds) or len(args.seeds) > len(T_95) + 1:
+        p.error(f"want --arm_seeds among --seeds, and at most {len(T_95) + 1} of these")
     if args.unknown:
         return make_unknown(args.unknown, args.seed)
     out, finished = Path(args.out).resolve(), True
