@@ -83,7 +83,7 @@ if [ -n "$TOY" ]; then
   TEACHER=knowledge:$RUN/world/knowledge.json SEEN="disc square triangle diamond cross"
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
   # stage 1 is short enough to leave something to learn; the same settings over several seeds: bash run_all.sh study
-  N_SFT=1500 N_GRPO=640 LENGTH=320 FILTER="--temperature 0.8"
+  N_SFT=${N_SFT:-1500} N_GRPO=${N_GRPO:-640} LENGTH=320 FILTER="--temperature 0.8"
   SFT="--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
   GRPO="--learning_rate 1e-4 --lr_scheduler constant --train_batch_size 16 --num_generations 8 --temperature 0.8 --iou_threshold 0.5"
   GRPO+=" --max_completion_length $LENGTH --max_steps 40 --save_steps 10"
