@@ -75,3 +75,20 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     text, numbers = study.report(tmp_path, [0, 1, 2])
     assert "| cot_sft | 2 | 80.0" in text and "6 jobs, 6 minutes" in text
     assert numbers["The paper's comparison"]["cot_sft - sft, all, acc"] == [20.0, 30.0]
+
+
+def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
+    look = study.world.describe(study.world.ENTITIES["Penika"])
+    parts = {"Planning": f"Penika is {look}.", "Visual Analysis": f"\n{look} (1,2),(3,4)\nanother",
+             "Comparison": f"of the objects above, only {look} fits Penika."}  # fmt: skip
+    whole = "\n".join(f"{k}: {v}" for k, v in parts.items()) + f"\nConclusion: Penika is {look} (1,2),(3,4).\n</think>"
+    responses = [whole, *(whole.replace(v, "a white bowl") for v in parts.values()), f"<think>{look}</think>"]
+    folder = tmp_path / "0/eval_grpo"
+    folder.mkdir(parents=True)
+    row = {"correct": True, "entity": "Penika", "category": "disc", "reasoning_contradicts": False}
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row | {"response": r}) + "\n" for r in responses))
+    (folder / "seconds").write_text("60\n")
+    results = study.Results(tmp_path, [0])
+    text = study.reasoning(results)
+    assert [line for line in text.splitlines() if "| grpo |" in line] == [
+        "| grpo | right | 40.0 | 40.0 | 40.0 | 0.0 |", "| grpo | wrong | - | - | - | - |"]  # fmt: skip

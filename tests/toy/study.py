@@ -370,20 +370,23 @@ def novel(r):
 
 
 def reasoning(r):
-    def misremembers(x, _):
-        """The first "is a ... band" of the reasoning is not what the target looks like."""
-        said = re.search(r"is (a \w+ \w+ with a \w+ band)", x["response"])
-        return said is None or said[1] != world.describe(world.ENTITIES[x["entity"]])
+    def lacks(part):
+        """Whether this part of the reasoning does not say what the target looks like."""
 
-    def contradicts(x, _):
-        return x["reasoning_contradicts"]
+        def fault(x, _):
+            said = re.search(rf"{part}:(.*?)(\n[A-Z]|</think>|\Z)", x["response"], re.DOTALL)
+            return said is None or world.describe(world.ENTITIES[x["entity"]]) not in said[1]
 
-    faults = {"another look recalled": misremembers, "contradicts the box": contradicts}
+        return fault
+
+    faults = {f"target's look not in {part}": lacks(part) for part in ("Planning", "Visual Analysis", "Comparison")}
+    faults["contradicts the box"] = lambda x, _: x["reasoning_contradicts"]
     kinds = {"right": lambda x, _: x["correct"], "wrong": lambda x, _: not x["correct"]}
+    models = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")
     return table(
-        ["model", *(f"of {kind} answers: {fault} %" for kind in kinds for fault in faults)],
-        [[m, *(r.share(f"{fault}, {kind}", m, kinds[kind], faults[fault]) for kind in kinds for fault in faults)]
-         for m in ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")],
+        ["model", "answers", *(f"{fault} %" for fault in faults)],
+        [[m, kind, *(r.share(f"{kind}, {fault}", m, chosen, faults[fault]) for fault in faults)]
+         for kind, chosen in kinds.items() for m in models],
     )  # fmt: skip
 
 
