@@ -161,19 +161,23 @@ def jobs_of(seed, out, arms):
 def make_unknown(folder, seed):
     """The base without the knowledge of half of the names of every category; unknown.json lists them.
 
-    A name is one token: its embedding, the only place that tells it from other names, is drawn anew.
+    A name is one token: its embedding, the only place that tells it from other names, becomes a random mixture of those
+    of its category, with their mean and spread. It is still a name that can be read and written, of nothing in particular.
     """
     import make_toy
     import torch
 
     model = make_toy.Qwen2VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
-    rng, table = random.Random(seed), model.get_input_embeddings().weight.data
-    groups = [[n for n in world.ENTITIES if world.ENTITIES[n][0] == c] for c in world.SEEN + world.UNSEEN]
-    unknown = {n for names in groups for n in rng.sample(names, len(names) // 2)}
+    rng, table, unknown = random.Random(seed), model.get_input_embeddings().weight.data, set()
     torch.manual_seed(seed)
-    for name in sorted(unknown):
-        (token,) = make_toy.TOKENIZER.encode(name)
-        table[token] = torch.randn_like(table[token]) * table.std()
+    for category in world.SEEN + world.UNSEEN:
+        names = [n for n in world.ENTITIES if world.ENTITIES[n][0] == category]
+        tokens = {n: make_toy.TOKENIZER.encode(n)[0] for n in names}
+        old = table[list(tokens.values())]
+        for name in rng.sample(names, len(names) // 2):
+            weights = torch.randn(len(names)) / math.sqrt(len(names) - 1)
+            table[tokens[name]] = old.mean(0) + weights @ (old - old.mean(0))
+            unknown.add(name)
     for known in (True, False):
         turns = [make_toy.know_turn(n) for n in world.ENTITIES if (n not in unknown) == known]
         got = make_toy.answers(model, [q for q, _ in turns])
