@@ -96,9 +96,10 @@ def jobs_of(seed, out, arms):
         add(name, "filter.py", "--stage", "grpo", "--model", f"{root}/{model}/final", "--samples",
             f"{root}/{composites}/samples.jsonl", *LENGTH, *TEMPERATURE)  # fmt: skip
 
-    def evaluate(model, name="", *flags, bench="kvg-bench", path=None):
+    def evaluate(model, name="", *flags, bench="kvg-bench"):
+        path = BASE if model == "base" else f"{root}/{model}/final"
         prompt = "direct" if model in DIRECT else "r1"
-        add(f"eval_{model}{name}", "eval_kvg.py", "--model", path or f"{root}/{model}/final", "--bench",
+        add(f"eval_{model}{name}", "eval_kvg.py", "--model", path, "--bench",
             f"{root}/world/{bench}.parquet", "--prompt", prompt, "--seen", *world.SEEN, *LENGTH, *flags)  # fmt: skip
 
     # 1. base, SFT, CoT-SFT, CoT-SFT continued, GRPO
@@ -106,7 +107,7 @@ def jobs_of(seed, out, arms):
     synth("synth_sft", N_SFT, seed, *PLAIN)
     chains("cot", "synth_sft")
     synth("synth_grpo", N_GRPO, seed + 1000, *PLAIN)
-    evaluate("base", path=BASE)
+    evaluate("base")
     sft("sft", BASE, "cot", "--target", "direct")
     sft("cot_sft", BASE, "cot")
     for model in ("sft", "cot_sft"):
@@ -145,7 +146,7 @@ def jobs_of(seed, out, arms):
     chains("varied_cot", "varied_synth")
     sft("varied_cot_sft", BASE, "varied_cot")
     evaluate("varied_cot_sft")
-    for model in ("sft", "cot_sft", "grpo", "varied_cot_sft"):
+    for model in ("base", "sft", "cot_sft", "grpo", "varied_cot_sft"):
         for kind, strength in CORRUPTIONS:
             evaluate(model, f"_{kind}", "--corrupt", kind, "--corrupt_strength", strength)
         evaluate(model, "_natural", bench="natural")
@@ -162,7 +163,7 @@ def make_unknown(folder, seed):
     """The base without the knowledge of half of the names of every category; unknown.json lists them.
 
     A name is one token: its embedding, the only place that tells it from other names, becomes a random mixture of those
-    of its category, with their mean and spread. It is still a name that can be read and written, of nothing in particular.
+    of its category, with their mean and spread. It can still be read and written, as the name of nothing in particular.
     """
     import make_toy
     import torch
@@ -353,9 +354,10 @@ def known_and_unknown(r):
 
 def pictures(r):
     kinds = [f"_{kind}" for kind, _ in CORRUPTIONS] + ["_natural"]
+    models = ("base", "sft", "cot_sft", "grpo", "varied_cot_sft")
     return table(
-        ["model", "as in training %", *(f"{kind[1:]} %" for kind in kinds)],
-        [[m, *(r.scores(m + kind) for kind in ("", *kinds))] for m in ("sft", "cot_sft", "grpo", "varied_cot_sft")],
+        ["model", "composites %", *(f"{kind[1:]} %" for kind in kinds)],
+        [[m, *(r.scores(m + kind) for kind in ("", *kinds))] for m in models],
     )
 
 
@@ -399,7 +401,7 @@ TABLES = {  # title: what makes it, a job that its seeds have
     "What matters in GRPO": (experiments, "grpo_binary"),
     f"One seen category, {HELD_OUT}, held out of both stages": (held_out, "eval_without_grpo"),
     "Entities that the base knows, and does not": (known_and_unknown, "unknown_base"),
-    "Other pictures than in training": (pictures, "eval_varied_cot_sft"),
+    "Other pictures than clean composites": (pictures, "eval_varied_cot_sft"),
     "Entities of seen categories that no sample shows": (novel, "novel_synth"),
     "Right answer, wrong reasoning": (reasoning, "eval_grpo"),
 }
