@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import pytest
 import study
@@ -52,6 +53,11 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     assert study.run_jobs(jobs, out, at_once=2) and (out / "0/b/x").read_text() == "x"
     given.unlink()
     assert study.run_jobs(jobs, out, at_once=2)
+    with pytest.raises(SystemExit, match="0/a: made by another command than now; delete it"):
+        study.run_jobs(jobs | {"0/a": [*jobs["0/a"], "--more"]}, out, at_once=2)
+    os.utime(out / "0/a/done.json", (2**31, 2**31))
+    with pytest.raises(SystemExit, match="0/b: older than what it reads; delete it"):
+        study.run_jobs(jobs, out, at_once=2)
 
 
 def test_the_tables_say_what_the_runs_say(tmp_path):
@@ -65,16 +71,16 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
             rows = [{"correct": True, "response": "Lo is a red disc with a white band", "entity": "Penika",
                      "category": "disc", "reasoning_contradicts": False}]  # fmt: skip
             (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-            (folder / "seconds").write_text("60\n")
+            (folder / "done.json").write_text('{"seconds": 60}')
     results = study.Results(tmp_path, [0, 1, 2])
     assert results.scores("sft") == "55.0 (-8.5 to 118.5)" and results.scores("grpo") == "-"
     assert results.gain("cot_sft", "sft") == "+25.0 (-38.5 to +88.5)"
     for seed in "01":
         (tmp_path / seed / "world").mkdir()
-        (tmp_path / seed / "world/seconds").write_text("60\n")
+        (tmp_path / seed / "world/done.json").write_text('{"seconds": 60}')
     text, numbers = study.report(tmp_path, [0, 1, 2])
-    assert "| cot_sft | 2 | 80.0" in text and "6 jobs, 6 minutes" in text
-    assert numbers["The paper's comparison"]["cot_sft - sft, all, acc"] == [20.0, 30.0]
+    assert "| cot_sft | 2 | 80.0" in text and "6 jobs of 6 minutes" in text
+    assert numbers["The paper's comparison"]["cot_sft - sft, all, acc"] == {0: 20.0, 1: 30.0}
 
 
 def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
@@ -87,8 +93,10 @@ def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     folder.mkdir(parents=True)
     row = {"correct": True, "entity": "Penika", "category": "disc", "reasoning_contradicts": False}
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row | {"response": r}) + "\n" for r in responses))
-    (folder / "seconds").write_text("60\n")
+    (folder / "done.json").write_text('{"seconds": 60}')
     results = study.Results(tmp_path, [0])
     text = study.reasoning(results)
     assert [line for line in text.splitlines() if "| grpo |" in line] == [
-        "| grpo | right | 40.0 | 40.0 | 40.0 | 0.0 |", "| grpo | wrong | - | - | - | - |"]  # fmt: skip
+        "| grpo | right | 1 | 40.0 | 40.0 | 40.0 | 40.0 | 0.0 |",
+        "| grpo | wrong | 1 | - | - | - | - | - |",
+    ]

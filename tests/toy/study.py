@@ -5,8 +5,8 @@
 
 A job is one command of the pipeline with a folder of its own, runs/study/SEED/NAME; `jobs_of` lists those of a seed. It
 starts when the jobs whose folders it reads are finished, as many at once as there are cores, one thread each. Finished
-jobs are skipped, trainers go on from their checkpoints: the same command continues after a stop. results.json holds the
-numbers, results.md the tables.
+jobs have a done.json and are skipped, trainers go on from their checkpoints: the same command continues after a stop.
+results.json holds the numbers of every seed, results.md the tables.
 
 N_SFT, the temperature and the learning rate of GRPO were chosen on seeds 0 and 1, which the study leaves out. With
 1,600 samples in stage 1, GRPO has little to gain on the seen categories; with 1,400, CoT-SFT is fewer than 10 points
@@ -32,7 +32,7 @@ TOY = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOY), str(TOY.parents[1])]
 import toy_world as world  # noqa: E402
 
-BASE = TOY / "base"
+BASE = "tests/toy/base"  # commands run in the root of the repo
 SCENE = ("--canvas_size", 168, 112, "--grid", 3, 2, "--background", "gradient")
 PLAIN = ("--layouts", "grid", "--entity_scale", 0.6, 0.95)
 VARIED = ("--layouts", "grid", "random", "--entity_scale", 0.4, 0.95, "--color_jitter", 0.15, "--jpeg_quality", 60, 95)
@@ -168,17 +168,17 @@ def make_unknown(folder, seed):
     import make_toy
     import torch
 
-    model = make_toy.Qwen2VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    model = make_toy.Qwen2VLForConditionalGeneration.from_pretrained(TOY / "base", dtype=torch.float32)
     rng, table, unknown = random.Random(seed), model.get_input_embeddings().weight.data, set()
     torch.manual_seed(seed)
     for category in world.SEEN + world.UNSEEN:
         names = [n for n in world.ENTITIES if world.ENTITIES[n][0] == category]
-        tokens = {n: make_toy.TOKENIZER.encode(n)[0] for n in names}
-        old = table[list(tokens.values())]
-        for name in rng.sample(names, len(names) // 2):
+        tokens = [token for (token,) in map(make_toy.TOKENIZER.encode, names)]
+        old = table[tokens]
+        for i in rng.sample(range(len(names)), len(names) // 2):
             weights = torch.randn(len(names)) / math.sqrt(len(names) - 1)
-            table[tokens[name]] = old.mean(0) + weights @ (old - old.mean(0))
-            unknown.add(name)
+            table[tokens[i]] = old.mean(0) + weights @ (old - old.mean(0))
+            unknown.add(names[i])
     for known in (True, False):
         turns = [make_toy.know_turn(n) for n in world.ENTITIES if (n not in unknown) == known]
         got = make_toy.answers(model, [q for q, _ in turns])
@@ -195,14 +195,29 @@ def needs(name, command, out):
     return {"/".join(parts) for parts in folders} - {name}
 
 
+def finished(jobs, out):
+    """Names of the jobs that are done; stops where one was done by another command, or before what it reads."""
+    marks = {name: path for name in jobs if (path := out / name / "done.json").exists()}
+    for name, path in marks.items():
+        others = [marks[n] for n in needs(name, jobs[name], out) if n in marks]
+        if json.loads(path.read_text())["command"] != portable(jobs[name], out):
+            sys.exit(f"study: {path.parent}: made by another command than now; delete it, or take another --out")
+        if any(other.stat().st_mtime > path.stat().st_mtime for other in others):
+            sys.exit(f"study: {path.parent}: older than what it reads; delete it, or take another --out")
+    return set(marks)
+
+
+def portable(command, out):
+    return [a.replace(f"{out}/", "") for a in command]
+
+
 def run_jobs(jobs, out, at_once):
-    """Runs all jobs that are not done; stops at the first that fails. Returns whether all are done."""
-    running, began = {}, time.time()
-    done = {name for name in jobs if (out / name / "seconds").exists()}
+    """Runs all jobs that are not done; stops when one fails. Returns whether all are done."""
+    running, failed, began, done = {}, [], time.time(), finished(jobs, out)
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once)), "TOKENIZERS_PARALLELISM": "false"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("study: stopped; the same command goes on"))
     try:
-        while len(done) < len(jobs):
+        while len(done) < len(jobs) and not failed:
             for name, command in jobs.items():
                 free = len(running) < at_once and name not in done | running.keys()
                 if free and needs(name, command, out) <= done:
@@ -219,21 +234,21 @@ def run_jobs(jobs, out, at_once):
                 del running[name]
                 if process.returncode:
                     print(f"{name} failed: {' '.join(jobs[name])}\n{(out / f'{name}.log').read_text()[-2000:]}")
-                    return False
-                (out / name / "seconds").write_text(f"{time.time() - since:.1f}\n")
+                    failed.append(name)
+                    continue
+                seconds, total = time.time() - since, (time.time() - began) / 60
+                mark = {"seconds": round(seconds, 1), "command": portable(jobs[name], out)}
+                (out / name / "done.json").write_text(json.dumps(mark) + "\n")
                 for checkpoint in (out / name).glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
                 done.add(name)
-                print(
-                    f"{len(done)}/{len(jobs)} {name} {time.time() - since:.0f} s, {(time.time() - began) / 60:.0f} min",
-                    flush=True,
-                )
+                print(f"{len(done)}/{len(jobs)} {name} {seconds:.0f} s, {total:.0f} min", flush=True)
     finally:
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.wait()
-    return True
+    return not failed
 
 
 # ---- tables ----
@@ -245,6 +260,10 @@ def table(head, rows):
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
 
 
+def seconds(mark):
+    return json.loads(mark.read_text())["seconds"]
+
+
 class Results:
     """Scores of the finished jobs of some seeds, in percent; `numbers` keeps what a table shows."""
 
@@ -253,7 +272,7 @@ class Results:
 
     def having(self, *names):
         """Seeds for which all of these jobs are done."""
-        return [s for s in self.seeds if all((self.out / f"{s}/{n}/seconds").exists() for n in names)]
+        return [s for s in self.seeds if all((self.out / f"{s}/{n}/done.json").exists() for n in names)]
 
     def lines(self, seed, name, file):
         text = (self.out / f"{seed}/{name}/{file}").read_text(encoding="utf-8")
@@ -264,64 +283,72 @@ class Results:
         return 100 * (metrics[split] if split in metrics else metrics["categories"][split])[key]
 
     def cell(self, name, values, sign=""):
-        """'mean (95 % interval over seeds)' of values, which results.json keeps under this name."""
+        """'mean (95 % interval over seeds)' of {seed: value}, which results.json keeps under this name."""
         if not values:
             return "-"
-        self.numbers[name], n, middle = [round(v, 3) for v in values], len(values), mean(values)
+        self.numbers[name], n, middle = {s: round(v, 3) for s, v in values.items()}, len(values), mean(values.values())
         if n == 1:
             return f"{middle:{sign}.1f}"
-        half = T_95[n - 2] * stdev(values) / math.sqrt(n)
+        half = T_95[n - 2] * stdev(values.values()) / math.sqrt(n)
         return f"{middle:{sign}.1f} ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
 
     def scores(self, model, split="all", key="acc"):
         seeds = self.having(f"eval_{model}")
-        return self.cell(f"{model}, {split}, {key}", [self.score(s, model, split, key) for s in seeds])
+        return self.cell(f"{model}, {split}, {key}", {s: self.score(s, model, split, key) for s in seeds})
 
     def gain(self, model, other, split="all", key="acc"):
         """model - other, paired by seed."""
-        seeds = self.having(f"eval_{model}", f"eval_{other}")
-        gains = [self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds]
+        seeds = self.having(f"eval_{model}", f"eval_{other}") if model != other else []
+        gains = {s: self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds}
         return self.cell(f"{model} - {other}, {split}, {key}", gains, "+")
 
     def share(self, name, model, chosen, counted=lambda row, seed: row["correct"]):
         """Of the answers `chosen` those that are `counted`, functions of a row of predictions.jsonl and the seed."""
         rows = {s: self.lines(s, f"eval_{model}", "predictions.jsonl") for s in self.having(f"eval_{model}")}
-        marks = [[bool(counted(x, s)) for x in rows[s] if chosen(x, s)] for s in rows]
-        return self.cell(f"{model}, {name}", [100 * mean(m) for m in marks if m])
+        marks = {s: [bool(counted(x, s)) for x in rows[s] if chosen(x, s)] for s in rows}
+        return self.cell(f"{model}, {name}", {s: 100 * mean(m) for s, m in marks.items() if m})
 
     def rollouts(self, model, first, last):
-        """Right completions in these steps of training."""
-        runs = [self.lines(s, model, "metrics.jsonl")[first:last] for s in self.having(model)]
-        return self.cell(f"{model}, steps {first} to {last}", [100 * mean(m["acc@0.5"] for m in run) for run in runs])
+        """Right completions in these steps of training, both included."""
+        runs = {s: self.lines(s, model, "metrics.jsonl")[first - 1 : last] for s in self.having(model)}
+        right = {s: 100 * mean(m["acc@0.5"] for m in run) for s, run in runs.items()}
+        return self.cell(f"{model}, rollouts right in steps {first} to {last}", right)
 
     def minutes(self, model):
-        times = [float((self.out / f"{s}/{model}/seconds").read_text()) / 60 for s in self.having(model)]
+        times = [seconds(self.out / f"{s}/{model}/done.json") / 60 for s in self.having(model)]
         return f"{mean(times):.1f}" if times else "-"
+
+
+def differences(r, pairs):
+    splits = ("seen", "unseen", "all")
+    return table(
+        ["points, paired by seed", *splits, "mean IoU"],
+        [[f"{a} - {b}", *(r.gain(a, b, s) for s in splits), r.gain(a, b, key="mean_iou")] for a, b in pairs],
+    )
 
 
 def comparison(r):
     models, splits = ("base", "sft", "cot_sft", "cot_sft_more", "grpo"), ("seen", "unseen", "all")
     pairs = (("cot_sft", "sft"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft"), ("grpo", "cot_sft_more"))
     text = table(
-        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU %", "parsed %"],
-        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits),
-          *(r.scores(m, key=key) for key in ("mean_iou", "parse_rate"))] for m in models],
+        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU %", "parsed, seen %", "parsed, unseen %"],
+        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits), r.scores(m, key="mean_iou"),
+          *(r.scores(m, s, "parse_rate") for s in ("seen", "unseen"))] for m in models],
     )  # fmt: skip
-    return text + table(
-        ["points, paired by seed", *splits, "mean IoU"],
-        [[f"{a} - {b}", *(r.gain(a, b, s) for s in splits), r.gain(a, b, key="mean_iou")] for a, b in pairs],
-    )
+    return text + differences(r, pairs)
 
 
 def experiments(r):
     head = ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo"]
-    head += ["rollouts right in the first 10 steps %", f"in the last 10 of {STEPS} %", "minutes"]
-    return table(
+    head += ["rollouts right in steps 1 to 10 %", f"in steps {STEPS - 9} to {STEPS} %", "minutes"]
+    text = table(
         head,
         [[arm, len(r.having(f"eval_{arm}")), r.scores(arm), *(r.gain(arm, "grpo", s) for s in ("all", "unseen")),
-          r.gain(arm, "grpo", key="mean_iou"), r.rollouts(arm, 0, 10), r.rollouts(arm, STEPS - 10, STEPS),
+          r.gain(arm, "grpo", key="mean_iou"), r.rollouts(arm, 1, 10), r.rollouts(arm, STEPS - 9, STEPS),
           r.minutes(arm)] for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
     )  # fmt: skip
+    karl = "grpo_karl_reward"  # it has a threshold of its own
+    return text + differences(r, ((karl, "grpo_iou_0.65"), ("grpo_karl_advantage", karl)))
 
 
 def held_out(r):
@@ -347,7 +374,7 @@ def known_and_unknown(r):
         ["model", *(f"{name} %" for name in names.values())],
         [
             [m, *(r.share(names[g], m, chosen(g)) for g in groups)]
-            for m in ("unknown_sft", "unknown_cot_sft", "unknown_grpo")
+            for m in ("sft", "cot_sft", "grpo", "unknown_sft", "unknown_cot_sft", "unknown_grpo")
         ],
     )
 
@@ -371,29 +398,37 @@ def novel(r):
     return table(
         ["model", "shown %", "not shown %", "unseen categories %"],
         [[m, r.share("shown", m, chosen(True)), r.share("not shown", m, chosen(False)), r.scores(m, "unseen")]
-         for m in ("novel_sft", "novel_cot_sft")],
+         for m in ("sft", "novel_sft", "cot_sft", "novel_cot_sft")],
     )  # fmt: skip
 
 
 def reasoning(r):
-    def lacks(part):
-        """Whether this part of the reasoning does not say what the target looks like."""
+    def lacks(part, what):
+        """Whether this part of the reasoning does not say what(target)."""
 
         def fault(x, _):
             said = re.search(rf"{part}:(.*?)(\n[A-Z]|</think>|\Z)", x["response"], re.DOTALL)
-            return said is None or world.describe(world.ENTITIES[x["entity"]]) not in said[1]
+            return said is None or what(x["entity"]) not in said[1]
 
         return fault
 
-    faults = {f"target's look not in {part}": lacks(part) for part in ("Planning", "Visual Analysis", "Comparison")}
-    faults["contradicts the box"] = lambda x, _: x["reasoning_contradicts"]
-    kinds = {"right": lambda x, _: x["correct"], "wrong": lambda x, _: not x["correct"]}
-    models = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")
-    return table(
-        ["model", "answers", *(f"{fault} %" for fault in faults)],
-        [[m, kind, *(r.share(f"{kind}, {fault}", m, chosen, faults[fault]) for fault in faults)]
-         for kind, chosen in kinds.items() for m in models],
-    )  # fmt: skip
+    def look(name):
+        return world.describe(world.ENTITIES[name])
+
+    faults = {"target's name not in Planning": lacks("Planning", str)}
+    faults |= {f"target's look not in {p}": lacks(p, look) for p in ("Planning", "Visual Analysis", "Comparison")}
+    models, rows = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8"), []
+    for correct, kind in ((True, "right"), (False, "wrong")):
+        for m in models:
+            cells = [r.share(f"{kind}, {f}", m, lambda x, _, c=correct: x["correct"] == c, faults[f]) for f in faults]
+            judged = r.share(
+                f"{kind}, contradicts the box",
+                m,
+                lambda x, _, c=correct: x["correct"] == c and x["reasoning_contradicts"] is not None,
+                lambda x, _: x["reasoning_contradicts"],
+            )
+            rows.append([m, kind, len(r.having(f"eval_{m}")), *cells, judged])
+    return table(["model", "answers", "seeds", *(f"{f} %" for f in faults), "contradicts the box, by rule %"], rows)
 
 
 TABLES = {  # title: what makes it, a job that its seeds have
@@ -414,22 +449,23 @@ def report(out, seeds):
         results = Results(out, Results(out, seeds).having(needed))
         text += f"### {title}\n\n{make(results)}"
         numbers[title] = results.numbers
-    times = [float(path.read_text()) / 60 for path in out.glob("*/*/seconds")]
-    return text + f"{len(times)} jobs, {sum(times):.0f} minutes, each on one core.\n", numbers
+    times = [seconds(mark) / 60 for mark in out.glob("*/*/done.json")]
+    return text + f"{len(times)} jobs of {sum(times):.0f} minutes together.\n", numbers
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--out", default="runs/study", help="folder of all runs; an interrupted study is continued")
     p.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14], help="of the main comparison")
-    p.add_argument("--arm_seeds", type=int, nargs="+", default=[10, 11, 12], help="of all experiments")
+    p.add_argument("--arm_seeds", type=int, nargs="+", help="of all experiments; default: the first three of --seeds")
     p.add_argument("--at_once", type=int, default=os.cpu_count(), help="jobs that run at a time")
     p.add_argument("--report", action="store_true", help="only write the tables of what is finished")
     p.add_argument("--unknown", metavar="FOLDER", help="write the base without half of its knowledge, and stop")
     p.add_argument("--seed", type=int, default=0, help="of --unknown")
     args = p.parse_args()
-    if not set(args.arm_seeds) <= set(args.seeds) or len(args.seeds) > len(T_95) + 1:
-        p.error(f"want --arm_seeds among --seeds, and at most {len(T_95) + 1} of these")
+    args.arm_seeds = args.seeds[:3] if args.arm_seeds is None else args.arm_seeds
+    if not set(args.arm_seeds) <= set(args.seeds) or len(args.seeds) > len(T_95) + 1 or args.at_once < 1:
+        p.error(f"want --arm_seeds among --seeds, at most {len(T_95) + 1} of these, and --at_once of 1 or more")
     if args.unknown:
         return make_unknown(args.unknown, args.seed)
     out, finished = Path(args.out).resolve(), True
