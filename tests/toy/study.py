@@ -308,11 +308,11 @@ class Results:
         marks = {s: [bool(counted(x, s)) for x in rows[s] if chosen(x, s)] for s in rows}
         return self.cell(f"{model}, {name}", {s: 100 * mean(m) for s, m in marks.items() if m})
 
-    def rollouts(self, model, first, last):
-        """Right completions in these steps of training, both included."""
+    def rollouts(self, model, key, first, last):
+        """Mean of a training metric over these steps, both included."""
         runs = {s: self.lines(s, model, "metrics.jsonl")[first - 1 : last] for s in self.having(model)}
-        right = {s: 100 * mean(m["acc@0.5"] for m in run) for s, run in runs.items()}
-        return self.cell(f"{model}, rollouts right in steps {first} to {last}", right)
+        means = {s: 100 * mean(m[key] for m in run) for s, run in runs.items()}
+        return self.cell(f"{model}, {key} in steps {first} to {last}", means)
 
     def minutes(self, model):
         times = [seconds(self.out / f"{s}/{model}/done.json") / 60 for s in self.having(model)]
@@ -340,12 +340,13 @@ def comparison(r):
 
 def experiments(r):
     head = ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo"]
-    head += ["rollouts right in steps 1 to 10 %", f"in steps {STEPS - 9} to {STEPS} %", "minutes"]
+    head += ["rollouts right in steps 1 to 10 %", f"in steps {STEPS - 9} to {STEPS} %", "groups of equal rewards %"]
+    spans = (("acc@0.5", 1, 10), ("acc@0.5", STEPS - 9, STEPS), ("frac_reward_zero_std", 1, STEPS))
     text = table(
-        head,
+        [*head, "minutes"],
         [[arm, len(r.having(f"eval_{arm}")), r.scores(arm), *(r.gain(arm, "grpo", s) for s in ("all", "unseen")),
-          r.gain(arm, "grpo", key="mean_iou"), r.rollouts(arm, 1, 10), r.rollouts(arm, STEPS - 9, STEPS),
-          r.minutes(arm)] for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
+          r.gain(arm, "grpo", key="mean_iou"), *(r.rollouts(arm, *span) for span in spans), r.minutes(arm)]
+         for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
     )  # fmt: skip
     karl = "grpo_karl_reward"  # it has a threshold of its own
     return text + differences(r, ((karl, "grpo_iou_0.65"), ("grpo_karl_advantage", karl)))
