@@ -10,7 +10,7 @@
 #                                   DATA is a folder category/entity/* with boxes.jsonl; BOX_MODEL=Qwen/Qwen2-VL-7B-Instruct makes the
 #                                   boxes that it lacks, on every GPU
 #   bash run_all.sh test | setup    the tests | the environment alone
-#   bash run_all.sh study           the toy world over several seeds: every table of the README's results; see tests/toy/study.py
+#   bash run_all.sh study           the toy world over several seeds: every table of the README's results; about 2 h 10 min on 2 CPU cores
 #   FROM=train_grpo bash run_all.sh forget     forgets this stage and all after it; a finished stage is skipped, a killed one goes on
 #   FROM=train_grpo bash run_all.sh            the same, and goes on from there (one node)
 #

@@ -164,7 +164,7 @@ def test_a_chunk_of_logits_takes_16_bytes_each():
 
 
 ENGINE = """
-import gc, json, sys, torch
+import gc, json, sys, time, torch
 import torch.distributed as dist
 sys.path[:0] = ["ROOT", "ROOT/tests"]
 import train_sft as t
@@ -185,7 +185,11 @@ for settings in sys.argv[1:]:
     engine = t.start_engine(t.CompletionLogProbs(model), args)
     for call in (lambda: t.backward(engine, engine(row).sum(), True), engine.step):
         call()
-        found.append(sum(s.nbytes() for key, s in storages().items() if key not in before))
+        counts = []
+        for _ in range(20):  # a thread of gloo may hold the last bucket a moment longer
+            counts.append(sum(s.nbytes() for key, s in storages().items() if key not in before))
+            time.sleep(0.05)
+        found.append(min(counts))
     found.append(t.train_flops(model, row))
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, found)
@@ -196,10 +200,7 @@ t.leave()
 
 
 def test_weights_gradients_and_optimizer_are_what_deepspeed_holds(tmp_path):
-    """A census of the tensors of two ranks, after a backward pass and after the update.
-
-    Small buckets: the last one may live a moment longer.
-    """
+    """A census of the tensors of two ranks, after a backward pass and after the update."""
     settings = [tmp_path / "2.json", tmp_path / "3.json"]
     for path in settings:
         zero = {"stage": int(path.stem), "reduce_bucket_size": 4000, "stage3_param_persistence_threshold": 0}

@@ -1,6 +1,6 @@
 """The questions of the paper, answered in the toy world: every table of the README's results, over several seeds.
 
-  bash run_all.sh study            hours on 2 CPU cores; also: python tests/toy/study.py --out runs/study
+  bash run_all.sh study            about 2 h 10 min on 2 CPU cores; also: python tests/toy/study.py --out runs/study
   python tests/toy/study.py --out runs/study --report        the tables of what is finished, at any time
 
 A job is one command of the pipeline with a folder of its own, runs/study/SEED/NAME; `jobs_of` lists those of a seed. It
