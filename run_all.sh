@@ -64,7 +64,7 @@ case "${1:-all}" in
       { timeout 300 apt-get update; timeout 300 env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
         >/dev/null 2>&1 || echo "chromium could not be installed; the report is not tested in a browser"
     fi
-    exec "$PY" -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests ;; # many wait for processes of their own
+    exec "$PY" -m pytest -q -n 2 --dist loadfile tests ;;
   study) shift; exec "$PY" tests/toy/study.py "$@" ;;
   all|forget) ;;
   *) echo "usage: bash run_all.sh [setup|test|study|forget]" >&2; exit 2 ;;

@@ -195,7 +195,7 @@ def needs(name, command, out):
     return {"/".join(parts) for parts in folders} - {name}
 
 
-def finished(jobs, out):
+def jobs_done(jobs, out):
     """Names of the jobs that are done; stops where one was done by another command, or before what it reads."""
     marks = {name: path for name in jobs if (path := out / name / "done.json").exists()}
     for name, path in marks.items():
@@ -213,7 +213,7 @@ def portable(command, out):
 
 def run_jobs(jobs, out, at_once):
     """Runs all jobs that are not done; stops when one fails. Returns whether all are done."""
-    running, failed, began, done = {}, [], time.time(), finished(jobs, out)
+    running, failed, began, done = {}, [], time.time(), jobs_done(jobs, out)
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once)), "TOKENIZERS_PARALLELISM": "false"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("study: stopped; the same command goes on"))
     try:
@@ -236,13 +236,14 @@ def run_jobs(jobs, out, at_once):
                     print(f"{name} failed: {' '.join(jobs[name])}\n{(out / f'{name}.log').read_text()[-2000:]}")
                     failed.append(name)
                     continue
-                seconds, total = time.time() - since, (time.time() - began) / 60
-                mark = {"seconds": round(seconds, 1), "command": portable(jobs[name], out)}
-                (out / name / "done.json").write_text(json.dumps(mark) + "\n")
+                took, total = time.time() - since, (time.time() - began) / 60
+                mark = {"seconds": round(took, 1), "command": portable(jobs[name], out)}
+                (out / name / "done.tmp").write_text(json.dumps(mark) + "\n")
+                (out / name / "done.tmp").replace(out / name / "done.json")
                 for checkpoint in (out / name).glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
                 done.add(name)
-                print(f"{len(done)}/{len(jobs)} {name} {seconds:.0f} s, {total:.0f} min", flush=True)
+                print(f"{len(done)}/{len(jobs)} {name} {took:.0f} s, {total:.0f} min", flush=True)
     finally:
         for process, _ in running.values():
             process.terminate()
