@@ -92,11 +92,13 @@ def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     folder = tmp_path / "0/eval_grpo"
     folder.mkdir(parents=True)
     row = {"correct": True, "entity": "Penika", "category": "disc", "reasoning_contradicts": False}
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row | {"response": r}) + "\n" for r in responses))
+    rows = [row | {"response": r} for r in responses]
+    rows += [row | {"response": whole, "correct": False, "reasoning_contradicts": c} for c in (True, None, None)]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "done.json").write_text('{"seconds": 60}')
     results = study.Results(tmp_path, [0])
     text = study.reasoning(results)
     assert [line for line in text.splitlines() if "| grpo |" in line] == [
         "| grpo | right | 1 | 40.0 | 40.0 | 40.0 | 40.0 | 0.0 |",
-        "| grpo | wrong | 1 | - | - | - | - | - |",
+        "| grpo | wrong | 1 | 0.0 | 0.0 | 0.0 | 0.0 | 100.0 |",  # of one: two have no box to judge
     ]

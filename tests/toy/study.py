@@ -304,9 +304,13 @@ class Results:
         return self.cell(f"{model} - {other}, {split}, {key}", gains, "+")
 
     def share(self, name, model, chosen, counted=lambda row, seed: row["correct"]):
-        """Of the answers `chosen` those that are `counted`, functions of a row of predictions.jsonl and the seed."""
+        """Of the answers `chosen` those that are `counted`, functions of a row of predictions.jsonl and the seed.
+
+        Answers for which `counted` is None are left out.
+        """
         rows = {s: self.lines(s, f"eval_{model}", "predictions.jsonl") for s in self.having(f"eval_{model}")}
-        marks = {s: [bool(counted(x, s)) for x in rows[s] if chosen(x, s)] for s in rows}
+        marks = {s: [counted(x, s) for x in rows[s] if chosen(x, s)] for s in rows}
+        marks = {s: [m for m in marks[s] if m is not None] for s in rows}
         return self.cell(f"{model}, {name}", {s: 100 * mean(m) for s, m in marks.items() if m})
 
     def rollouts(self, model, key, first, last):
@@ -419,18 +423,14 @@ def reasoning(r):
 
     faults = {"target's name not in Planning": lacks("Planning", str)}
     faults |= {f"target's look not in {p}": lacks(p, look) for p in ("Planning", "Visual Analysis", "Comparison")}
-    models, rows = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8"), []
-    for correct, kind in ((True, "right"), (False, "wrong")):
-        for m in models:
-            cells = [r.share(f"{kind}, {f}", m, lambda x, _, c=correct: x["correct"] == c, faults[f]) for f in faults]
-            judged = r.share(
-                f"{kind}, contradicts the box",
-                m,
-                lambda x, _, c=correct: x["correct"] == c and x["reasoning_contradicts"] is not None,
-                lambda x, _: x["reasoning_contradicts"],
-            )
-            rows.append([m, kind, len(r.having(f"eval_{m}")), *cells, judged])
-    return table(["model", "answers", "seeds", *(f"{f} %" for f in faults), "contradicts the box, by rule %"], rows)
+    faults["contradicts the box, by rule"] = lambda x, _: x["reasoning_contradicts"]
+    kinds = {"right": lambda x, _: x["correct"], "wrong": lambda x, _: not x["correct"]}
+    models = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")
+    return table(
+        ["model", "answers", "seeds", *(f"{fault} %" for fault in faults)],
+        [[m, kind, len(r.having(f"eval_{m}")), *(r.share(f"{kind}, {f}", m, chosen, faults[f]) for f in faults)]
+         for kind, chosen in kinds.items() for m in models],
+    )  # fmt: skip
 
 
 TABLES = {  # title: what makes it, a job that its seeds have
