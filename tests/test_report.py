@@ -1,335 +1,260 @@
-"""report.html, compare.html and the curves: what they say, that no text becomes markup, and that a browser shows it."""
+"""tools/report.py: what its tables, tests and pages say, that no text becomes markup, and that a browser shows it."""
 
 import base64
-import html
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
+import sys
+from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 from PIL import Image
 
 import eval_kvg
+from tools import report
 
-HOSTILE = (
-    "</script><script>parent.hacked = window.hacked = 1</script><img src=x onerror='parent.hacked = 1'> "
-    "\u2028\u2029\"'&amp;`${1}漢🦜"
-)
-NAME = re.sub("[\u2028\u2029]", "", HOSTILE)  # as far as a bench may hold it
-NAMES = {"seen": ["bird"], "unseen": ["<b>x</b>&'\""]}  # of categories
+HOSTILE = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'> \u2028\"'&amp;`${1}$data 漢🦜"
+TRUTH, OTHER, LEVELS = [100, 100, 300, 400], [500, 500, 900, 900], list(report.LEVELS)
 
 
-def boxed(box):
-    return f"<|box_start|>({box[0]},{box[1]}),({box[2]},{box[3]})<|box_end|>"
+def row(i, right, **more):
+    """Of predictions.jsonl: question i of the bench, on picture i // 5; a box that is right, wrong or (None) none."""
+    box = {True: TRUTH, False: OTHER, None: None}[right]
+    text = f"<think>at (90,100),(300,400), needle{i}</think> <answer>{box}</answer>" if box else "no box"
+    return {"question_id": f"q{i}", "sample": 0, "response": text, "num_tokens": 10 + i, "finished": i != 4,
+            "image_id": f"p{i // 5}", "image": None, "category": "bird" if i % 2 else "<b>x</b>", "grid": [1000, 1000],
+            "entity": f"Entity {i}", "question": f"Find Entity {i}", "gt_bbox_1000": TRUTH, "pred_bbox_1000": box,
+            "iou": float(right or 0), "correct": bool(right)} | more  # fmt: skip
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
+def choice(i, chosen):
+    answer = row(i, None, options=["X", "Y"], answer="X", choice=chosen, correct=chosen == "X")
+    return {k: v for k, v in answer.items() if k not in ("iou", "pred_bbox_1000", "gt_bbox_1000")}
+
+
+def evaluation(folder, rows, **args):
+    """A folder as eval_kvg.py leaves it."""
+    told = [(r,) for r in report.judged(rows) if r["correct"] is not None]
+    metrics = report.by_split(told, {"seen_categories": ["bird"]}, lambda part: report.scores([r for (r,) in part]))
+    args = {"bench": "none", "model": "m", "prompt": "r1", "seed": 7} | args
+    report.write(folder / "metrics.json", json.dumps(metrics | {"args": args}))
+    report.write(folder / "predictions.jsonl", "\n".join(map(json.dumps, rows)))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """bench.jsonl: 60 cases on 12 pictures. Run a: every third wrong, run b: the first 30 wrong; case 0 is hostile."""
-    out, cases, runs = tmp_path_factory.mktemp("report"), [], {"a": [], "b": []}
-    for i in range(12):
-        Image.new("RGB", (160, 120), (20 * i, 100, 90)).save(out / f"{i}.png")
+    """60 cases on 12 pictures. Run a: every third wrong, pictures are files. Run b: the first 30 wrong, pictures are in
+    a parquet, case 0 is hostile, 3 has no box. Run kinds: letters, a box without a truth, four samples of one case.
+    """
+    out, cases = tmp_path_factory.mktemp("report"), []
     for i in range(60):
-        entity, category = NAME if i == 0 else f"Entity {i}", "bird" if i % 2 else NAMES["unseen"][0].lower()
-        truth, other = (100, 100, 300 + i, 400), (500, 500, 900, 900)
-        answer = f"<|object_ref_start|>{entity}<|object_ref_end|>{boxed(truth)}"
-        message = [{"role": "user", "content": f"<image>Find {entity}"}, {"role": "assistant", "content": answer}]
-        cases.append({"id": f"q{i}", "images": [f"{i % 12}.png"], "messages": message, "answer": answer,
-                      "entity": entity, "category": category, "pass_rate": i % 4 / 4})  # fmt: skip
-        for name, right in (("a", i % 3), ("b", i >= 30)):
-            text = (
-                f"<think>not at (0,0),(250,500), needle{i}</think> <answer>{boxed(truth if right else other)}</answer>"
-            )
-            text = HOSTILE if i == 0 else "no box" if i == 3 else text
-            runs[name].append({"question_id": f"q{i}", "response": text, "num_tokens": 10 + i, "finished": i != 4})
-    bench = write_rows(out / "bench.jsonl", cases)
-    samples = eval_kvg.read_bench(bench)
-    for name, rows in runs.items():
-        flags = ("--bench", bench, "--predictions", write_rows(out / f"{name}.jsonl", rows), "--out", out / name)
-        args = eval_kvg.parse_args([*map(str, flags), "--seen", *NAMES["seen"]])
-        (out / name).mkdir()
-        (out / name / "config.json").write_text(json.dumps(vars(args)))
-        eval_kvg.write_results(out / name, samples, {r["question_id"]: r for r in rows}, None, None, None, args)
-        rows = eval_kvg.read_jsonl(out / name / "predictions.jsonl")  # a judgement of the reasoning, whoever made it
-        rows = [r | {"reasoning_contradicts": {5: True, 6: True, 7: False}.get(i)} for i, r in enumerate(rows)]
-        write_rows(out / name / "predictions.jsonl", rows)
-        rows[1]["grid"] = [500, 1000]  # this one counts in pixels
-        page = eval_kvg.report_html(rows, samples, eval_kvg.bench_metrics(rows, args.seen), args)
-        (out / name / "judged.html").write_text(page, encoding="utf-8")
-    (out / "compare.html").write_text(compare(out, None), encoding="utf-8")
+        path = out / f"p{i // 5}.png"
+        Image.new("RGB", (160, 120), (4 * i, 100, 90)).save(path)
+        cases.append({"question_id": f"q{i}", "image": {"bytes": path.read_bytes()}})
+    pq.write_table(pa.Table.from_pylist(cases), out / "bench.parquet")
+    evaluation(out / "a", [row(i, i % 3 > 0, image=str(out / f"p{i // 5}.png")) for i in range(60)])
+    rows = [row(i, None if i in (0, 3) else i >= 30) for i in range(60)]
+    rows[0] |= {"response": HOSTILE, "entity": HOSTILE}
+    evaluation(out / "b", rows, bench=str(out / "bench.parquet"), model=HOSTILE)
+    rows = [choice(i, chosen) for i, chosen in enumerate(["X", "Y", None])]
+    rows += [row(3, True, correct=None, gt_bbox_1000=None), *(row(4, s == 2, sample=s) for s in range(4))]
+    for path in (out / "a", out / "b", evaluation(out / "kinds", rows)):
+        report.page(path)
+    report.compare(out / "a", out / "b", out=out / "c")
     return out
 
 
-def compare(folder, bench):
-    folders = (folder / "a", folder / "b")
-    return eval_kvg.compare_html(eval_kvg.compare_runs(*folders, ["bird"]), folders, bench, ["bird"])
+def embedded(path):
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.S)[1])
 
 
-def embedded(page, name):
-    return json.loads(re.search(rf'id="{name}">(.*?)</script>', page, re.S)[1])
+def test_a_page_has_every_case_and_picture_as_far_as_they_are_there_and_no_text_is_markup(folder):
+    for path in (folder / "a/report.html", folder / "b/report.html", folder / "c/compare.html"):
+        page, data = path.read_text("utf-8"), embedded(path)
+        assert len(data["pictures"]) == 12 and len(data["cases"]) == (30 if path.parent.name == "c" else 60), path
+        assert page.count("<script") == page.count("</script>") == 2 and not re.search("<img src=x|<b>x", page)
+        assert not re.search(r"https?://|@import|url\(|src=\"", page) and "&lt;b&gt;x&lt;/b&gt; (unseen)" in page
+    assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in (folder / "b/report.html").read_text("utf-8")
+    assert embedded(folder / "b/report.html")["cases"][0][0]["response"] == HOSTILE
+    report.page(folder / "b", bench=folder / "gone.parquet", max_cases=4, out=folder / "few.html")
+    data, page = embedded(folder / "few.html"), (folder / "few.html").read_text("utf-8")
+    assert [c[0]["question_id"] for c in data["cases"]] == ["q0", "q15", "q30", "q45"] and data["pictures"] == {}
+    assert "4 of them are shown, evenly drawn. 4 pictures were not found" in page
 
 
-@pytest.fixture(scope="module")
-def pages(folder):
-    return {n: (folder / n).read_text(encoding="utf-8") for n in ("b/judged.html", "compare.html")}
+def test_a_thumbnail_is_small_turned_upright_and_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGBA", (1500, 1000)).save(tmp_path / "turned.png", exif=exif)
+    small = Image.open(io.BytesIO(base64.b64decode(report.thumbnail(tmp_path / "turned.png", 300))))
+    assert small.size == (200, 300) and small.getpixel((9, 9)) == (255, 255, 255)
 
 
-# ---- the text of the pages ----
-def test_an_evaluation_writes_the_report_with_all_cases(folder):
-    data = embedded((folder / "a" / "report.html").read_text(encoding="utf-8"), "data")
-    assert len(data["cases"]) == data["total"] == 60 and data["cases"][0]["answers"][0]["text"] == HOSTILE
+def test_two_runs_are_compared_case_by_case(folder, tmp_path):
+    result = json.loads((folder / "c/compare.json").read_text())
+    a, b = [i % 3 > 0 for i in range(60)], [i >= 30 for i in range(60)]
+    for name, ids in (("all", range(60)), ("seen", range(1, 60, 2)), ("unseen", range(0, 60, 2))):
+        m, only = result[name], [sum(x[i] and not y[i] for i in ids) for x, y in ((a, b), (b, a))]
+        assert (m["n"], m["only_a"], m["only_b"]) == (len(ids), *only) and m["mcnemar_p"] == report.mcnemar_p(*only)
+        assert m["difference"] == (only[1] - only[0]) / len(ids) == pytest.approx(m["acc_b"] - m["acc_a"])
+        assert m["difference_ci95"][0] < m["difference"] < m["difference_ci95"][1]
+    assert result["categories"] == {"bird": result["seen"], "<b>x</b>": result["unseen"]}
+    done = run_script("tools/report.py", "compare", folder / "a", folder / "a", "--out", tmp_path)
+    same = json.loads((tmp_path / "compare.json").read_text())["all"]
+    assert (same["difference"], same["difference_ci95"], same["mcnemar_p"]) == (0, [0, 0], 1)
+    assert re.search(r"\| all .* 60 \| 66.7 \| 66.7 \|  \+0.0 \|", done.stdout)
+    for name, rows in (("few", [row(0, True)]), ("moved", [row(i, True, gt_bbox_1000=OTHER) for i in range(60)])):
+        with pytest.raises(report.InputError, match=r"\(q\d+\): \d+ cases that .* want one bench$"):
+            report.compare(folder / "a", evaluation(tmp_path / name, rows))
 
 
-def test_no_text_ends_a_script_or_becomes_markup(pages):
-    for name, page in pages.items():
-        assert page.count("<script") == page.count("</script>") == 3, name
-        assert "<img src=x" not in page and "<b>x" not in page and "\u2028" not in page, name
-        assert not re.search(r"(?:https?:)?//[a-z]|@import|url\(", re.sub(r'id="pictures">.*?</script>', "", page)), (
-            name
-        )
-        assert embedded(page, "data")["cases"][0]["answers"][-1]["text"] == HOSTILE
-    assert html.escape(NAMES["unseen"][0]) in pages["b/judged.html"]
+def test_intervals_know_images_and_the_p_value_is_a_fair_coins():
+    rng = np.random.default_rng(0)
+    for n in (5, 40, 300):
+        correct, images = rng.random(n) > 0.3, rng.integers(0, n // 2, n)
+        assert report.accuracy_interval(correct, images) == eval_kvg.accuracy_interval(correct, images)
+    values, images = rng.choice([-1.0, 0.0, 1.0], 40), np.arange(40)
+    half = 2.0227 * values.std(ddof=1) / 40**0.5  # Student's, at 39
+    for n in (1, 3):  # three equal answers on one image tell as much as one
+        interval = report.difference_interval(np.repeat(values, n), np.repeat(images, n))
+        assert interval == pytest.approx([values.mean() - half, values.mean() + half], abs=1e-4)
+    assert report.accuracy_interval([1.0, 0.0], ["one", "one"]) is report.difference_interval([1.0], ["one"]) is None
+    assert report.mcnemar_p(0, 5) == 2 / 32 and report.mcnemar_p(3, 3) == report.mcnemar_p(0, 0) == 1
 
 
-def test_the_worst_come_first_and_every_picture_is_there_once(pages):
-    data, pictures = (embedded(pages["b/judged.html"], k) for k in ("data", "pictures"))
-    ious = [c["answers"][0]["iou"] for c in data["cases"]]
-    assert ious == sorted(ious) and (ious[0], ious[-1], len(ious)) == (0, 1, 60)
-    assert [c["id"] for c in data["cases"][:2]] == ["q0", "q3"]  # no box is worse than a box elsewhere
-    assert len(pictures) == 12 and pictures[0][1:] == [160, 120]
+HERE, THERE, PORSCHE = "(10,20),(300,400)", "(600,600),(900,900)", "Porsche 911 (901, 930, 964, 993)"
 
 
-def test_only_the_worst_are_kept_if_a_number_is_given(folder):
-    rows = eval_kvg.read_jsonl(folder / "b" / "predictions.jsonl")
-    data, pictures = (json.loads(t) for t in eval_kvg.gallery([rows], eval_kvg.read_bench(folder / "bench.jsonl"),
-                                                              ["b"], ["bird"], 2))  # fmt: skip
-    assert [c["id"] for c in data["cases"]] == ["q0", "q3"] and data["total"] == 60 and len(pictures) == 2
+def verdict(think, others=("Mi", "Lo 2", "E. coli"), entity="Lo", box=(10, 20, 300, 400), grid=None):
+    answer = {"response": f"<think>{think}</think> <answer>{HERE}</answer>", "pred_bbox_1000": box, "grid": grid}
+    return report.contradicts(answer | {"entity": entity}, frozenset({*others, entity}))
 
 
-def test_a_picture_shrinks_until_it_fits(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), "uint8")).save(tmp_path / "noise.png")
-    large, small = (eval_kvg.thumbnail(str(tmp_path / "noise.png"), most) for most in (1e9, 60_000))
-    assert large[1:] == [640, 480] and small[1] < 640 and len(small[0]) <= 60_000 < len(large[0])
+VERDICTS = {
+    True: [f"Lo may be {HERE}. No: it is at {THERE}.", 'So: {"bbox_2d": [600, 600, 900, 900]}', "Lo? So it is mi.",
+           f"1. Lo {HERE}\nConclusion: Mi.", "It is not Lo but <|object_ref_start|>Mi<|object_ref_end|>.",
+           "I want Lo. It is Lo 2.", "Mi? Minor marks. Lore. The red one.", "I want Lo. It is E. coli. It is red."],
+    False: [f"Mi is at {THERE}. Lo is red, so it is at {HERE}.", "Lo is red. Mi is blue.\nConclusion: the red one.",
+            f"It is at {HERE}, not {THERE[:9]}, from (900,900),(600,600).",  # half a box, a reversed one
+            f"1. Lo {HERE}\n2. Mi {THERE}\nConclusion: the first.", "Unlike Mi, which is blue, it is Lo.", "I see.",
+            "The left is Lo. It isn't a Mi.", "Lo? Mi vs. Lo.", "Mine and Lo-like. Red."],
+    None: ["  \n ", ""],
+}  # fmt: skip
 
 
-def test_accuracy_is_shown_per_pass_rate(pages):
-    rates = {str(i): i % 4 / 4 for i in range(60)}
-    rows = [{"question_id": str(i), "image_id": str(i), "correct": i % 4 == 3, "iou": 0.0,
-             "official_iou": 0.0, "pred_bbox_1000": None}
-            for i in range(60)]  # fmt: skip
-    bins = eval_kvg.pass_rate_bins(rows, rates)
-    assert [(rate, m["n"], m["acc"]) for rate, m in bins] == [(0, 15, 0), (0.25, 15, 0), (0.5, 15, 0), (0.75, 15, 1)]
-    fine = eval_kvg.pass_rate_bins(rows, {k: int(k) / 59 for k in rates})
-    assert [m["n"] for _, m in fine] == [12] * 5 and fine[0][0] == pytest.approx(sum(range(12)) / 12 / 59)
-    assert eval_kvg.pass_rate_bins(rows, dict.fromkeys(rates)) == [] and eval_kvg.calibration_panel([]) == ""
-    assert pages["b/judged.html"].count('aria-label="pass rate') == 4 and "pass rate 0.25: accuracy" in pages[
-        "b/judged.html"]  # fmt: skip
+def test_reasoning_contradicts_where_it_ends_elsewhere_than_the_answer():
+    assert VERDICTS == {want: [t for t in thoughts if verdict(t) is want] for want, thoughts in VERDICTS.items()}
+    assert verdict("It is Lo 2.", others={"Lo"}, entity="Lo 2") is verdict("So: Mi", others=()) is False
+    assert verdict(f"At {HERE} is the {PORSCHE}.", entity=PORSCHE) is False, "what stands in a name is no box"
+    assert verdict("at (5,5),(150,100)", grid=[500, 250]) is False and verdict("at (5,5),(150,100)") is True
+    assert verdict("It is Mi.", box=None) is None, "no answer, no verdict"
 
 
-def test_the_official_count_is_shown_where_it_is_known():
-    m = {"n": 4, "acc": 0.5, "acc_ci95": None, "mean_iou": 0.5, "parse_rate": 1.0}
-    metrics = {"all": m, "seen": m, "unseen": None, "categories": {"bird": m}}
-    assert "fficial" not in eval_kvg.results_panel(metrics, ["bird"])
-    metrics = {k: v and (v | {"acc_official": 0.75} if k != "categories" else {"bird": m | {"acc_official": 0.75}})
-               for k, v in metrics.items()}  # fmt: skip
-    panel = eval_kvg.results_panel(metrics | {"official_differences": {"two <boxes>": 3, "cut": 1}}, ["bird"])
-    assert panel.count("<td>75.0</td>") == 3 and "4 cases (two &lt;boxes&gt;: 3; cut: 1)" in panel
+def test_other_names_are_those_of_the_category_and_the_rates_those_of_right_and_wrong_answers(tmp_path):
+    texts = {1: "I look.", 5: "It is Entity 3.", 7: "It is Entity 4.", 9: "", 3: "", 4: ""}
+    rows = [row(i, i != 5, response=f"<think>{text}</think>") for i, text in texts.items()]
+    assert [r["reasoning_contradicts"] for r in report.judged(rows)] == [False, True, False, None, None, None]
+    done = run_script("tools/report.py", "reasoning", evaluation(tmp_path / "r", rows))
+    assert done.stdout == "Reasoning that contradicts its answer: 0.0 % of 2 correct and 100.0 % of 1 wrong answers.\n"
+    assert json.loads((tmp_path / "r/reasoning.json").read_text())["all"]["contradicts"] == 1 / 3
+    text = "<think>Planning: a disc\nVisual Analysis:\na bowl (1,2),(3,4)\na disc\nComparison: a bowl</think>"
+    said = {"Planning": False, "Visual Analysis": False, "Comparison": True, "Conclusion": True}
+    assert {part: report.lacks(text, part, "a disc") for part in said} == said
 
 
-def test_the_compare_page_has_both_runs_and_finds_the_pictures(folder, pages):
-    data = embedded(pages["compare.html"], "data")
-    assert len(embedded(pages["compare.html"], "pictures")) == 12  # of the bench that config.json names
-    assert len(data["names"]) == 2 and {len(c["answers"]) for c in data["cases"]} == {2}
-    result = eval_kvg.compare_runs(folder / "a", folder / "b", ["bird"])["all"]
-    right = [[c["answers"][k]["correct"] for c in data["cases"]] for k in (0, 1)]
-    assert (sum(right[0]), sum(right[1])) == (round(60 * result["acc_a"]), round(60 * result["acc_b"])) == (40, 30)
-    assert f"<b>{100 * (30 - 40) / 60:+.1f}</b>" in pages["compare.html"]
-    other = write_rows(folder / "other.jsonl", [eval_kvg.read_jsonl(folder / "bench.jsonl")[0] | {"id": "none"}])
-    page = compare(folder, str(other))  # a bench of other cases: no pictures, and it says so
-    assert embedded(page, "pictures") == [] and "pictures are left out" in page
-    done = run_script("eval_kvg.py", "--compare", folder / "a", folder / "b", "--out", folder / "c", "--seen", "bird")
-    assert (folder / "c" / "compare.html").read_text(encoding="utf-8") == pages["compare.html"]
-    assert "compare.html" in done.stdout.splitlines()[-1]
+def test_known_and_unknown_follow_karls_split_and_the_unrated_stay_out(tmp_path):
+    table = {i: {"mastery": m} for i, m in ((0, 0.7), (2, 0.3), (3, 0.29))} | {1: {"knowledge_category": LEVELS[1]}}
+    (tmp_path / "m.json").write_text(json.dumps({f"Entity {i}": entry for i, entry in table.items()}))
+    rows = [row(i, i % 2 == 0) for i in range(6)] + [row(6, True, correct=None)]
+    done = run_script("tools/report.py", "mastery", evaluation(tmp_path / "e", rows), "--mastery", tmp_path / "m.json")
+    cells = [re.findall(r"[\d.-]+", "".join(line.split("|")[2:4])) for line in done.stdout.splitlines()[2:]]
+    assert cells == [["3", "66.7"], ["1", "0.0"], *[["1", "100.0"], ["1", "0.0"]] * 2, ["0", "-"], ["2", "50.0"]]
 
 
-# ---- in a browser ----
-DRIVER = """<body><pre id="result"></pre><script>
-const results = {};
-window.hacked = 0;
-const wait = ms => new Promise(done => setTimeout(done, ms));
-async function visit(width, height, page) {
-  const frame = document.body.appendChild(document.createElement("iframe"));
-  frame.style = "border:0;width:" + width + "px;height:" + height + "px";
-  await new Promise(done => { frame.onload = done; frame.src = page; });
-  await wait(200);
-  return frame.contentWindow;
+def test_the_gap_counts_every_case_with_a_choice_once(tmp_path):
+    pairs = [(1, 1)] * 3 + [(1, 0)] * 2 + [(0, 1)] + [(0, 0)] * 4  # choice, box
+    boxes = evaluation(tmp_path / "boxes", [row(i, bool(box)) for i, (_, box) in enumerate(pairs)] + [row(20, True)])
+    answers = [choice(i, "XY"[not known]) for i, (known, _) in enumerate(pairs)][::-1]
+    done = run_script("tools/report.py", "gap", boxes, evaluation(tmp_path / "choices", answers))
+    cells = json.loads((tmp_path / "boxes/gap.json").read_text())
+    assert [cells["all"][k]["n"] for k in ("both_right", "choice_only", "box_only", "both_wrong")] == [3, 2, 1, 4]
+    assert cells["seen"]["n"] + cells["unseen"]["n"] == 10 and cells["all"]["choice"]["acc"] == 0.5
+    assert "3 (30.0 %)" in done.stdout and "10 of 11 answers have a choice" in done.stdout
+
+
+def test_a_run_folder_gives_its_table_curves_and_pages(folder, tmp_path):
+    """By a copy of the tool elsewhere, while a trainer writes its metrics."""
+    report.write(tmp_path / ".done/world", "3")
+    for t, (old, new) in enumerate((("b", "eval_base"), ("a", "eval_grpo"))):
+        shutil.copytree(folder / old, tmp_path / new, ignore=shutil.ignore_patterns("*.html"))
+        os.utime(tmp_path / new / "metrics.json", (t, t))
+    steps = "".join(json.dumps({"step": i, "loss": 1 / i, "time/x": i, "kl": None}) + "\n" for i in range(1, 4))
+    (tmp_path / "train_grpo").mkdir()
+    (tmp_path / "train_grpo/metrics.jsonl").write_text(steps + '{"step": 4, "lo')
+    command = [sys.executable, shutil.copy(ROOT / "tools/report.py", tmp_path), "run", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines, result = done.stdout.splitlines(), json.loads((tmp_path / "results.json").read_text())
+    assert [line.split("|")[1].strip() for line in lines[:4:2]] == ["model", "base"] and "| 50.0 (" in lines[2]
+    assert lines[4:] == ["results.json", "train_grpo/curves.png", "eval_base/report.html", "eval_grpo/report.html"]
+    assert result["seconds"] == {"world": 3} and result["seed"] == 7 and result["rows"][1]["all"] == 40 / 60
+    rows = [{"step": 10 * i, "x": x} for i, x in enumerate((1.0, float("inf"), 3.0, None, 8.0), 1)]
+    assert report.curve_points(rows, "x", 2) == ([10, 30, 50], [1.0, 2.0, 5.5])
+    failed = run_script("tools/report.py", "run", tmp_path / "train_grpo", check=False)
+    assert failed.returncode and re.fullmatch(r"report: .*; want .*\n", failed.stderr)
+
+
+DRIVER = """<body><pre id="result"></pre><script type="module">
+const results = [];
+async function visit(width, src) {
+  const frame = document.body.appendChild(Object.assign(document.createElement("iframe"), {width, height: 800, src}));
+  await new Promise(done => { frame.onload = () => setTimeout(done, 200); });
+  return [frame.contentWindow, query => [...frame.contentWindow.document.querySelectorAll(query)]];
 }
-(async () => {
-  try { %s } catch (e) { results.error = String(e.stack); }
-  results.hacked = window.hacked;
-  document.getElementById("result").textContent = btoa(unescape(encodeURIComponent(JSON.stringify(results))));
-})();
+async function look(page) {
+  const [w, all] = await visit(1280, page), [, phone] = await visit(390, page);
+  const set = (control, value) => { control.value = value; control.dispatchEvent(new w.Event("input", {bubbles: true}));
+    return [parseInt(all("#count")[0].textContent), all("header span")[0]?.textContent.split(" ").pop()]; };
+  const r = {text: all(".text")[0].textContent, chips: all(".chip").map(c => c.textContent)};
+  for (const s of all("select")) // of every option its text, the number of cases and the first of them
+    r[s.id] = [...s.options].map(o => [o.textContent, ...set(s, o.value)]), set(s, s.options[0].value);
+  r.search = ["NEEDLE7", "entity 59", "no such words", ""].map(words => set(all("#search")[0], words)[0]);
+  const [button] = all(".text button"), marks = () => all("figure .named").map(n => n.style.inset);
+  button.focus(); r.marks = [button.textContent, ...marks()];
+  button.blur(); r.marks.push(marks().length);
+  const wide = phone("article, .panel, nav :is(label, input)").filter(n => n.getBoundingClientRect().right > 390);
+  return {...r, wrong: [w.hacked, wide.length, all("script").length, all("img:not([src^=data]), .text b").length]};
+}
+for (const page of %s) results.push(await look(page));
+document.getElementById("result").textContent = encodeURIComponent(JSON.stringify(results));
 </script>"""
-HELPERS = """
-const doc = w.document, by = id => doc.getElementById(id), cards = () => doc.querySelectorAll(".card").length;
-const set = (id, value) => { by(id).value = value; by(id).dispatchEvent(new w.Event("input"));
-  return [by("count").textContent, cards()]; };
-const key = k => (doc.activeElement ?? doc.body).dispatchEvent(new w.KeyboardEvent("keydown", {key: k, bubbles: true}));
-const first = () => doc.querySelector(".card code").textContent;
-"""
 
 
-@pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    """Runs a script beside a page in headless Chromium; gives what it wrote into `results`, and the console errors."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    works = [
-        n for n in names if shutil.which(n) and not subprocess.run([n, "--version"], capture_output=True).returncode
-    ]
-    if not works:
-        pytest.skip("no Chromium here; `bash run_all.sh test` installs one where it is root and has apt-get")
-    here = tmp_path_factory.mktemp("browser")
-
-    def run(script):
-        (here / "driver.html").write_text(DRIVER % script, encoding="utf-8")
-        flags = ("--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --allow-file-access-from-files "
-                 "--enable-logging=stderr --window-size=1400,1000 --virtual-time-budget=8000 --dump-dom")  # fmt: skip
-        command = [works[0], *flags.split(), f"--user-data-dir={here / 'profile'}", (here / "driver.html").as_uri()]
-        done = subprocess.run(command, capture_output=True, timeout=120)
-        dump, log = done.stdout.decode(), done.stderr.decode(errors="replace")
-        found = re.search(r'<pre id="result">([\w+/=]+)</pre>', dump)
-        assert found, f"the page did not come to its end:\n{log[-3000:]}"
-        results = json.loads(base64.b64decode(found[1]))
-        assert "error" not in results, results["error"]
-        results["console"] = [line for line in log.splitlines() if "CONSOLE" in line]
-        return results
-
-    return run
-
-
-def test_the_report_works_in_a_browser(folder, browse):
-    page = (folder / "b" / "judged.html").as_uri()
-    got = browse("const w = await visit(1280, 800, %s);" % json.dumps(page) + HELPERS + """
-  results.start = [by("count").textContent, cards(), first()];
-  results.text = doc.querySelector(".text").textContent; results.title = doc.querySelector("h3").textContent;
-  results.scripts = doc.scripts.length; results.strays = doc.querySelectorAll("img:not([src^=data]), .card b").length;
-  results.pictures = [...doc.querySelectorAll(".card img")].map(i => i.naturalWidth);
-  by("more").click(); by("more").click(); results.more = [cards(), by("more").hidden];
-  results.wrong = set("show", "wrong"); results.hash = w.location.hash;
-  results.nobox = set("show", "nobox"); results.cut = set("show", "cut");
-  results.contradicts = set("show", "contradicts"); results.chip = doc.querySelector(".chip.named")?.textContent;
-  results.shows = [...by("show").options].map(o => o.textContent);
-  set("show", "all"); results.split = set("category", "/seen"); results.category = set("category", "bird");
-  results.categories = [...by("category").options].map(o => o.textContent);
-  set("category", ""); set("sort", "best"); results.best = first(); set("sort", "long"); results.long = first();
-  results.search = set("search", "NEEDLE7"); results.entity = set("search", "entity 59");
-  results.unicode = set("search", "漢🦜");
-  results.none = set("search", "no such words"); set("search", ""); set("sort", "bench");
-  const button = doc.querySelectorAll(".card")[1].querySelector(".text button");
-  const named = () => [...doc.querySelectorAll("figure .named")].map(n => n.getAttribute("style"));
-  button.focus(); results.named = [button.textContent, ...named()]; button.blur(); results.hidden = named().length;
-  key("j"); results.j = [...doc.querySelectorAll(".card")].indexOf(doc.activeElement);
-  key("j"); key("j"); key("k"); results.jjk = [...doc.querySelectorAll(".card")].indexOf(doc.activeElement);
-  key("/"); results.slash = doc.activeElement.id; key("j"); results.typed = doc.activeElement.id;
-  results.unlabelled = [...doc.querySelectorAll("select,input")].filter(c => !c.labels.length).length
-    + [...doc.querySelectorAll("img")].filter(i => !i.alt).length;
-  const again = await visit(1280, 800, %s);
-  results.again = again.document.getElementById("count").textContent;
-""" % json.dumps(page + "#show=wrong&category=bird&search=needle"))  # fmt: skip
-    assert got["console"] == [] and got["hacked"] == 0 and got["scripts"] == 3 and got["strays"] == 0
-    assert got["start"] == ["60 of 60 cases", 24, "q0"] and got["text"] == HOSTILE and got["title"] == NAME
-    assert got["pictures"] == [160] * 24 and got["more"] == [60, True]
-    assert got["wrong"] == ["30 of 60 cases", 24] and got["hash"].startswith("#show=wrong&")
-    assert got["nobox"] == ["2 of 60 cases", 2] and got["cut"] == ["1 of 60 cases", 1]
-    assert got["contradicts"] == ["2 of 60 cases", 2] and got["chip"] == "reasoning contradicts"
-    assert got["shows"] == ["all (60)", "wrong (30)", "wrong, with a box (28)", "correct (30)", "no valid box (2)",
-                            "cut off (1)", "reasoning contradicts (2)"]  # fmt: skip
-    assert got["split"] == got["category"] == ["30 of 60 cases", 24]
-    assert got["categories"] == ["all", "seen (30)", "unseen (30)", "<b>x</b>&'\" (30)", "bird (30)"]
-    assert got["best"] == "q30" and got["long"] == "q0" and got["none"] == ["0 of 60 cases", 0]
-    assert got["search"] == got["entity"] == got["unicode"] == ["1 of 60 cases", 1]
-    assert got["named"] == ["(0,0),(250,500)", "left:0%;top:0%;width:50%;height:50%"] and got["hidden"] == 0
-    assert (got["j"], got["jjk"], got["slash"], got["typed"]) == (0, 1, "search", "search") and got["unlabelled"] == 0
-    assert got["again"] == "14 of 60 cases"  # wrong and bird and a needle: odd numbers below 30 but 3
-
-
-def test_the_compare_page_filters_disagreements_in_a_browser(folder, browse):
-    page = json.dumps((folder / "compare.html").as_uri())
-    got = browse("const w = await visit(1280, 800, %s);" % page + HELPERS + """
-  results.start = [by("count").textContent, doc.querySelectorAll(".card .answer").length, cards()];
-  for (const name of ["a", "b", "wrong", "right", "all"]) results[name] = set("show", name)[0];
-  results.scripts = doc.scripts.length; set("sort", "lost"); results.lost = first(); set("sort", "gained");
-  results.gained = first(); results.boxes = doc.querySelector("figure").querySelectorAll(".truth, .a, .b").length;
-""")  # fmt: skip
-    right = [(i % 3 > 0 and i not in (0, 3), i >= 30) for i in range(60)]
-    pairs = {"a": (True, False), "b": (False, True), "wrong": (False, False), "right": (True, True)}
-    counts = {name: right.count(pair) for name, pair in pairs.items()}
-    assert got["console"] == [] and got["hacked"] == 0 and got["scripts"] == 3
-    assert got["start"] == [f"{counts['a'] + counts['b']} of 60 cases", 48, 24]
-    assert {k: got[k] for k in counts} == {k: f"{n} of 60 cases" for k, n in counts.items()}
-    assert got["all"] == "60 of 60 cases" and got["lost"] == "q1" and got["gained"] == "q30" and got["boxes"] == 3
-
-
-def test_no_page_is_wider_than_the_window(folder, browse):
-    sizes, urls = ((1280, 800), (390, 844)), [(folder / n).as_uri() for n in ("b/judged.html", "compare.html")]
-    script = """results.widths = [];
-  for (const page of %s) for (const [x, y] of %s) {
-    const w = await visit(x, y, page), parts = [...w.document.querySelectorAll(".card, .panel, .filters *")];
-    results.widths.push([w.innerWidth, w.document.documentElement.scrollWidth,
-      Math.max(...parts.map(n => n.getBoundingClientRect().right))]);
-  }"""
-    got = browse(script % (json.dumps(urls), json.dumps(sizes)))
-    assert [w[0] for w in got["widths"]] == [1280, 390] * 2 and got["console"] == []
-    assert all(page <= window and right <= window for window, page, right in got["widths"]), got["widths"]
-
-
-# ---- curves ----
-@pytest.fixture
-def metric_files(tmp_path):
-    files = []
-    for name, keys in (("a", ("time/train", "loss", "reward")), ("b", ("reward", "loss", "kl", "time/train"))):
-        rows = [{"step": i, "text": "x", "empty": None, **{k: i / 10 for k in keys}} for i in range(1, 9)]
-        rows[3] |= {"loss": float("nan"), "reward": None}
-        (tmp_path / name).mkdir()
-        files.append(write_rows(tmp_path / name / "metrics.jsonl", rows))
-    return files
-
-
-def test_curves_draw_the_metrics_that_all_runs_have_most_useful_first(metric_files, tmp_path, monkeypatch):
-    import matplotlib.figure
-
-    drawn, save = [], matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
-    keys = eval_kvg.draw_runs([str(p) for p in metric_files], tmp_path / "curves.png", 1)
-    assert keys == ["reward", "loss", "time/train"]
-    [figure] = drawn
-    panels = [ax for ax in figure.axes if ax.axison]
-    assert [ax.get_title(loc="left") for ax in panels] == keys and all(len(ax.get_lines()) == 2 for ax in panels)
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-    assert panels[1].get_lines()[0].get_xdata().tolist() == [1, 2, 3, 5, 6, 7, 8]  # without the NaN
-
-
-def test_smoothing_is_the_mean_of_the_last_finite_values():
-    rows = [{"step": 10, "x": 1.0}, {"step": 20, "x": float("inf")}, {"step": 30, "x": 3.0}, {"step": 40, "x": 8.0}]
-    assert eval_kvg.curve_points(rows, "x", 1) == ([10, 30, 40], [1.0, 3.0, 8.0])
-    assert eval_kvg.curve_points(rows, "x", 2) == ([10, 30, 40], [1.0, 2.0, 5.5])
-
-
-def test_curves_from_the_command_line(metric_files, tmp_path):
-    done = run_script("eval_kvg.py", "--curves", *metric_files, "--out", tmp_path / "new" / "folder", "--smooth", 3)
-    assert "3 metrics of 2 runs" in done.stdout
-    with Image.open(tmp_path / "new" / "folder" / "curves.png") as im:
-        assert im.width > 900 and im.format == "PNG"
-    other = write_rows(tmp_path / "other.jsonl", [{"step": 1, "else": 2.0}])
-    with pytest.raises(SystemExit, match="no metric that all 2 files have; want "):
-        eval_kvg.draw_runs([metric_files[0], other], tmp_path / "x.png", 1)
-    assert not Path(tmp_path / "x.png").exists()
+def test_the_pages_work_in_a_browser(folder):
+    if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("no Chromium here")
+    pages = [(folder / name).as_uri() for name in ("b/report.html", "c/compare.html", "kinds/report.html")]
+    (folder / "driver.html").write_text(DRIVER % json.dumps(pages))
+    flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --allow-file-access-from-files"
+    flags += f" --enable-logging=stderr --virtual-time-budget=8000 --dump-dom --user-data-dir={folder / 'profile'}"
+    done = subprocess.run([browser, *flags.split(), folder / "driver.html"], capture_output=True, timeout=120)
+    got = json.loads(unquote(re.search(r'<pre id="result">(.*?)</pre>', done.stdout.decode())[1]) or "[]")
+    assert len(got) == 3 and b"CONSOLE" not in done.stderr, done.stderr.decode()
+    (b, c, kinds), wrong = got, [r["wrong"] for r in got]
+    assert wrong == [[None, 0, 2, 0]] * 3, "scripts of others, things wider than a phone, elements of others"
+    counts = {"show": {"all": 60, "right": 30, "wrong": 30, "unparsed": 2, "cut off": 1, "reasoning contradicts": 28},
+              "category": {"all": 60, "seen": 30, "unseen": 30, "– <b>x</b>": 30, "– bird": 30}}  # fmt: skip
+    for select, numbers in counts.items():
+        assert [line[:2] for line in b[select]] == [[f"{name} ({n})", n] for name, n in numbers.items()]
+    assert [line[2] for line in b["sort"]] == ["q0", "q30", "q0", "q0"] and b["search"] == [1, 1, 0, 60]
+    assert b["marks"] == ["(90,100),(300,400)", "10% 70% 60% 9%", 0] and b["text"] == HOSTILE
+    assert [n for n, *_ in c["show"]][3:5] == ["A right, B wrong (20)", "B right, A wrong (10)"]
+    assert [n for n, *_ in kinds["show"]][1:5] == ["right (2)", "wrong (3)", "without a truth (1)", "unparsed (1)"]
+    assert {"A", "B"} <= set(c["chips"]) and {"X", "Y", "no option", "4"} <= set(kinds["chips"])
