@@ -1,31 +1,31 @@
-"""gen_cot.py: chains from the table, validation, resuming, errors; the model teachers are in test_teachers.py."""
+"""gen_cot.py: chains of the table, rules, resuming; and a teacher behind a server with faults, on this machine."""
 
+import base64
+import inspect
+import io
 import json
 import os
 import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import run_script
+from conftest import ROOT
+from PIL import Image
+from test_synth_data import write
 
+import filter as f
 import gen_cot
 
-ROW = {
-    "id": "a",
-    "target": 1,
-    "question": "Find and give the bounding box of <|object_ref_start|>Lo<|object_ref_end|>",
-    "answer": "<|object_ref_start|>Lo<|object_ref_end|><|box_start|>(10,20),(300,400)<|box_end|>",
-    "images": ["images/a.png"],
-    "entities": [
-        {"entity": "Mi", "bbox_1000": [500, 600, 700, 900]},
-        {"entity": "Lo", "bbox_1000": [10, 20, 300, 400]},
-        {"entity": "Ra", "bbox_1000": [400, 100, 600, 500]},
-    ],
-}
-TABLE = {
-    "Mi": {"category": "disc", "description": "a red disc"},
-    "Lo": {"category": "disc", "description": "a blue disc"},
-    "Ra": {"category": "disc", "description": "a green disc"},
-}
+ANSWER = "<|object_ref_start|>Lo<|object_ref_end|><|box_start|>(10,20),(300,400)<|box_end|>"
+BOXES = {"Mi": [500, 600, 700, 900], "Lo": [10, 20, 300, 400], "Ra": [400, 100, 600, 500]}
+ROW = {"id": "a", "target": 1, "question": "Find <|object_ref_start|>Lo<|object_ref_end|>", "answer": ANSWER,
+       "images": ["a.png"], "entities": [{"entity": e, "bbox_1000": b} for e, b in BOXES.items()]}  # fmt: skip
+TABLE = {name: {"description": f"a {color} disc"} for name, color in (("Mi", "red"), ("Lo", "blue"), ("Ra", "green"))}
 EXACT = """Planning: Lo is a blue disc.
 Visual Analysis:
 a blue disc (10,20),(300,400)
@@ -39,154 +39,231 @@ FINE = """**Planning:** The Lo has a blue body, so look for blue.
 2. Lo (10,20),(300,400): blue body, round outline.
 Comparison: only the second object is blue; the others are red and green, and none has the same round outline.
 Conclusion: the Lo is the blue one at (12,20),(300,400)."""
+LAST = "(12,20),(300,400)"
+ARGS = gen_cot.parse_args(["--samples", "x", "--out", "y", "--knowledge", "z"])
+read = gen_cot.read_jsonl
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def start(samples, out, *flags):
+    command = [sys.executable, ROOT / "gen_cot.py", "--samples", samples, "--out", out, *flags]
+    env = os.environ | {"NO_PROXY": "*"}
+    return subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=-1, stderr=-1)
 
 
-def cot(synth_dir, out, *args, **kwargs):
-    return run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--out", out, *args, **kwargs)
-
-
-def one_line(done, *words):
-    """The run failed, and stderr ends in one line that says all `words`, with no traceback."""
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode != 0 and "Traceback" not in done.stderr and all(w in last for w in words), done.stderr
+def cot(*command, check=True):
+    """What a whole run said; it fails, if at all, with one line."""
+    run = start(*command)
+    out, err = run.communicate()
+    assert "Traceback" not in err and (run.returncode == 0) == check, err
+    return out + err
 
 
 # ---- the table ----
-def test_the_chain_of_a_hand_written_row_is_exact():
+def test_the_chain_of_a_hand_written_row_is_exact_and_the_shortest_is_long_enough():
     assert gen_cot.knowledge_cot(ROW, TABLE) == (EXACT, None)
-    assert gen_cot.validate(EXACT, ROW) is None
-
-
-def test_an_unknown_entity_and_equal_descriptions_are_rejected():
+    table = {name: {"description": color} for name, color in (("Lo", "red"), ("Mi", "blue"))}
+    for chain in (EXACT, gen_cot.knowledge_cot(ROW | {"entities": ROW["entities"][:2]}, table)[0]):
+        assert gen_cot.judge(chain, False, ROW, ARGS) == (chain, None)
     assert gen_cot.knowledge_cot(ROW, {k: v for k, v in TABLE.items() if k != "Ra"})[1] == "unknown entity: Ra"
     assert gen_cot.knowledge_cot(ROW, TABLE | {"Mi": TABLE["Ra"]})[1].startswith("same description")
 
 
-def test_every_kept_row_ends_in_the_box_of_its_target(world_dir, synth_dir, tmp_path):
-    done = cot(synth_dir, tmp_path / "deep" / "out", "--knowledge", world_dir / "knowledge.json")
-    rows, source = read(tmp_path / "deep/out/samples.jsonl"), read(synth_dir / "samples.jsonl")
-    assert [r["id"] for r in rows] == [r["id"] for r in source] and re.search(
-        r"^gen_cot: 12 kept, 0 rejected, .* s -> ", done.stdout, re.M
-    )
-    for row, old in zip(rows, source, strict=True):
-        truth = row["entities"][row["target"]]["bbox_1000"]
-        user, assistant = (m["content"] for m in row["messages"])
-        assert (
-            [int(v) for v in re.findall(r"\d+", gen_cot.BOXES.findall(row["cot"])[-1])]
-            == truth
-            == gen_cot.parse_bbox(assistant)
-        )
-        assert user == "<image>" + row["question"] + gen_cot.R1_SUFFIX and gen_cot.THINK_ANSWER.fullmatch(assistant)
-        assert (tmp_path / "deep/out" / row["images"][0]).samefile(synth_dir / old["images"][0])
-        assert row["teacher"] == {"backend": "knowledge", "model": "knowledge.json", "attempt": 1}
-        assert {k: v for k, v in row.items() if k not in ("images", "messages", "cot", "teacher")} == {
-            k: v for k, v in old.items() if k not in ("images", "messages")}  # fmt: skip
-
-
-@pytest.mark.parametrize("cut", [0.5, 0.03, 0.999])
-def test_a_killed_run_continues_to_the_same_bytes(world_dir, synth_dir, tmp_path, cut, monkeypatch):
-    table = json.loads((world_dir / "knowledge.json").read_text())
-    for name in [e["entity"] for e in read(synth_dir / "samples.jsonl")[0]["entities"]][:1]:
-        del table[name]  # so that there is something in rejected.jsonl
-    (tmp_path / "table.json").write_text(json.dumps(table))
-    argv = ["--samples", synth_dir / "samples.jsonl", "--out", tmp_path / "out", "--knowledge", tmp_path / "table.json"]
-    monkeypatch.setattr("sys.argv", ["gen_cot.py", *map(str, argv)])
-    gen_cot.main()
-    whole = {
-        name: (tmp_path / "out" / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part-00000.jsonl")
-    }
-    assert whole["rejected.jsonl"]
+def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(world_dir, synth_dir, tmp_path):
+    table, source = json.loads((world_dir / "knowledge.json").read_text()), read(synth_dir / "samples.jsonl")
+    del table[source[0]["entities"][0]["entity"]]  # so that there is something in rejected.jsonl
+    out, flags = tmp_path / "deep/out", ["--knowledge", write(tmp_path / "table.json", [table])]
+    cot(synth_dir / "samples.jsonl", out, *flags)
+    rows, rejected = read(out / "samples.jsonl"), read(out / "rejected.jsonl")
+    assert len(rows) + len(rejected) == 12 and rejected[0]["reason"].startswith("unknown entity: ")
+    for row in rows:
+        old, boxes = next(r for r in source if r["id"] == row["id"]), gen_cot.boxes_in(row["cot"], [])
+        assert boxes[-1] == row["entities"][row["target"]]["bbox_1000"] and len(boxes) == len(row["entities"]) + 1
+        asked, said = (m["content"] for m in row["messages"])
+        assert said == f"<think>\n{row['cot']}\n</think> <answer>{row['answer']}</answer>"
+        assert asked == "<image>" + row["question"] + gen_cot.R1_SUFFIX
+        assert (out / row["images"][0]).samefile(synth_dir / old["images"][0])
+        assert row["teacher"] == {"backend": "knowledge", "model": "table.json", "attempt": 1}
+        assert row == old | {k: row[k] for k in ("images", "messages", "cot", "teacher")}
+    whole = {name: (out / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part.jsonl")}
     for name in whole:
-        (tmp_path / "out" / name).write_bytes(whole[name][: int(len(whole[name]) * cut)])
-    gen_cot.main()
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in whole} == whole
-    (tmp_path / "table.json").write_text(
-        json.dumps(table | {"Nobody": {"category": "disc", "description": "a grey disc"}})
-    )
-    with pytest.raises(SystemExit, match="knowledge_sha"):
-        gen_cot.main()
+        (out / name).write_bytes(whole[name][: int(len(whole[name]) * 0.6)])
+    cot(synth_dir / "samples.jsonl", out, *flags)
+    assert {name: (out / name).read_bytes() for name in whole} == whole
+    write(tmp_path / "table.json", [table | {"Nobody": {"description": "a grey disc"}}])
+    assert "'knowledge_md5'" in cot(synth_dir / "samples.jsonl", out, *flags, check=False)
 
 
-# ---- validation ----
-def test_a_good_chain_is_accepted():
-    assert gen_cot.validate(FINE, ROW) is None
+# ---- rules ----
+@pytest.mark.parametrize("rule, text", [
+    *[("headings", text) for text in ("", FINE.replace("## Visual Analysis", "## Looks"), "Sure, here it is.\n" + FINE,
+                                      FINE + "\nConclusion: (10,20),(300,400)")],
+    *[("target not named", FINE.replace("Lo", name)) for name in ("Zu", "Lower")],
+    *[("wrong final box", FINE.replace(LAST, box)) for box in ("left", "(60,20),(300,400)", LAST + ", (5,6),(7,8)")],
+    ("a box in the reasoning is none", FINE.replace("(500,600),(700,900)", "(500,600),(400,900)")),
+    *[("markup", FINE.replace("red all", f"{tag} all")) for tag in ("<answer>red</answer>", "<|im_end|>", "<image>")],
+    ("not 20 to 800 words", "Planning: Lo\nVisual Analysis: blue\nComparison: yes\nConclusion: (10,20),(300,400)"),
+    ("not 20 to 800 words", FINE.replace("red all", "red " * 900)),
+    ("repeats itself", FINE.replace("Comparison", "so on\n\n so on\n" * 2 + "Comparison")),
+    *[("betrays that the answer was given", FINE.replace("red all over", f"red all over, {phrase},")) for phrase in (
+        "the provided bounding box", "the given bounding box says so", "as stated", "the prompt says it",
+        "the labels given", "by the ground truth", "the ground-truth box", "the bounding box of Lo is given",
+        "we are told so", "it is labeled as Lo", "matches the bounding box", "the names that were given",
+        "according to the annotations")],
+])  # fmt: skip
+def test_each_rule_rejects_its_text(rule, text):
+    assert gen_cot.judge(text, False, ROW, ARGS)[1].split(":")[0] == rule
 
 
-BAD = [
-    ("empty", ""),
-    ("headings", FINE.replace("## Visual Analysis", "## Looks")),
-    ("headings", "Sure, here it is.\n" + FINE),
-    ("headings", FINE + "\nConclusion: (10,20),(300,400)"),
-    ("headings", FINE.replace("Comparison:", "X:").replace("Conclusion:", "Comparison:").replace("X:", "Conclusion:")),
-    ("target not named", FINE.replace("Lo", "Zu")),
-    ("no final box", FINE.replace("(12,20),(300,400)", "the left")),
-    ("wrong final box", FINE.replace("(12,20),(300,400)", "(500,600),(700,900)")),
-    ("wrong final box", FINE.replace("(12,20),(300,400)", "(60,20),(300,400)")),
-    ("wrong final box", FINE.replace("(12,20),(300,400)", "(12,20),(300,400), not (500,600),(700,900)")),
-    ("markup", FINE.replace("red all", "<answer>red</answer> all")),
-    ("markup", "<think>" + FINE),
-    ("markup", FINE.replace("red all", "<|im_end|> all")),
-    ("markup", FINE.replace("red all", "<image> all")),
-    ("too short", "Planning: Lo\nVisual Analysis: blue\nComparison: yes\nConclusion: (10,20),(300,400)"),
-    ("too long", FINE.replace("red all", "red " * 900)),
-]
-BETRAYING = ["the provided bounding box", "the given bounding box says so", "as stated", "the prompt says it",
-             "the labels given", "by the ground truth", "the ground-truth box", "the bounding box of Lo is given",
-             "we are told so", "it is labeled as Lo", "matches the bounding box",
-             "according to the annotations"]  # fmt: skip
+def test_what_is_accepted_passes_the_filter():
+    """The case of the name, 601 to 800 words, a bullet that is true of every look-alike, a name that is like a box."""
+    theirs, odd = f.parse_args(["--stage", "cot", "--samples", "x", "--out", "y"]), "Porsche 911 (901, 930, 964, 993)"
+    entities = [e | {"entity": {"Lo": odd, "Mi": "Ford (2010, 2012)"}.get(e["entity"], "Ra")} for e in ROW["entities"]]
+    odd_row = ROW | {"entities": entities} | {k: ROW[k].replace("Lo", odd) for k in ("question", "answer")}
+
+    def judged(chain, row):
+        said = {"user": row["question"], "assistant": f"<think>\n{chain}\n</think> <answer>{row['answer']}</answer>"}
+        row = row | {"messages": [{"role": role, "content": said[role]} for role in said]}
+        return gen_cot.judge(chain, False, row, ARGS)[1], f.broken_row(row, Counter(), theirs)
+
+    bullets = "".join(f"{i}. object\n- four round wheels\n" for i in range(5)) + "2. "
+    for change in (("Lo", "Lo"), ("Lo", "LO"), ("red all", "red " * 700), ("2. ", bullets)):
+        named = re.sub(r"\bLo\b", odd, FINE.replace(*change), flags=re.I).replace("Mi (5", "ford (2010, 2012), (5")
+        assert judged(FINE.replace(*change), ROW) == judged(named, odd_row) == (None, None)
+    assert judged(FINE.replace("Lo", "Zu"), ROW) == ("target not named", "target not named")
+    assert (theirs.min_words, theirs.max_words) == (ARGS.min_words, ARGS.max_words)
+    tokens = FINE.replace(LAST, f"<|box_start|>{LAST}<|box_end|>") + "\n"  # Qwen's own are dropped
+    assert gen_cot.judge(tokens, False, ROW, ARGS) == (FINE, None)
+    assert gen_cot.judge(FINE, True, ROW, ARGS)[1] == "cut off: ran into --max_completion_length"
 
 
-@pytest.mark.parametrize(("reason", "text"), BAD)
-def test_each_rule_rejects_its_text(reason, text):
-    assert gen_cot.validate(text, ROW).split(":")[0] == reason
-
-
-@pytest.mark.parametrize("phrase", BETRAYING)
-def test_a_chain_that_betrays_the_answer_is_rejected(phrase):
-    assert gen_cot.validate(FINE.replace("red all over", f"red all over, {phrase},"), ROW).startswith("betrays")
-
-
-def test_qwens_own_box_tokens_are_dropped_and_a_cut_chain_is_rejected():
-    args = gen_cot.parse_args(["--samples", "x", "--out", "y", "--knowledge", "z"])
-    tokens = FINE.replace("(12,20),(300,400)", "<|box_start|>(12,20),(300,400)<|box_end|>")
-    assert gen_cot.judge(tokens + "\n", False, ROW, args) == (FINE, None)
-    assert gen_cot.judge(FINE, True, ROW, args)[1].startswith("cut off")
-
-
-def test_the_prompt_tells_all_boxes_and_the_target():
+def test_a_box_in_a_chain_is_written_as_in_an_answer_and_the_prompt_tells_all():
     prompt = gen_cot.teacher_prompt(ROW)
     assert "Mi (500,600),(700,900), Lo (10,20),(300,400), Ra (400,100),(600,500)." in prompt
     assert "The bounding box of Lo is (10,20),(300,400)." in prompt
+    ours, theirs = inspect.getsource(gen_cot), (ROOT / "eval_kvg.py").read_text()
+    lines = re.findall(r"^(?:NUMBER|POINT, FOUR|BOXES|NAMES|PAIRS) = .*\n", ours, re.M)
+    assert len(lines) == 5 and all(part in theirs for part in (*lines, inspect.getsource(gen_cot.box_iou)))
 
 
-# ---- errors ----
-def test_bad_input_is_one_clear_line(synth_dir, world_dir, tmp_path):
-    rows = read(synth_dir / "samples.jsonl")
-    rows = [r | {"images": [os.path.relpath(synth_dir / r["images"][0], tmp_path)]} for r in rows]
-    cases = [
-        ("question", [{k: v for k, v in rows[0].items() if k != "question"}]),
-        ("id occurs twice", [rows[0], rows[0]]),
-        ("target 9", [rows[0] | {"target": 9}]),
-        ("bbox_1000", [rows[0] | {"entities": [{"entity": "A", "bbox_1000": [5, 5, 5, 9]}] * 6}]),
-        ("images", [rows[0] | {"images": ["gone.png"]}]),
-    ]
-    for words, lines in cases:
-        (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-        with pytest.raises(SystemExit, match=words):
-            gen_cot.read_composites(tmp_path / "s.jsonl")
-    for words, text in [("not JSON", "{"), ("no description", '{"A": {"category": "x"}}'), ("want", "[]")]:
-        (tmp_path / "k.json").write_text(text)
-        with pytest.raises(SystemExit, match=words):
-            gen_cot.read_knowledge(tmp_path / "k.json")
-    one_line(
-        cot(synth_dir, tmp_path / "out", "--knowledge", tmp_path / "gone.json", check=False),
-        "gone.json: no such file",
-        "check the path",
-    )
-    for flags in (["--teacher", "hf"], ["--teacher", "openai"], ["--teacher", "knowledge"]):
-        with pytest.raises(SystemExit, match=r"no --teacher_model|no --knowledge"):
-            gen_cot.parse_args(["--samples", "s", "--out", "o", *flags])
+@pytest.mark.parametrize("words, rows", [
+    ("s.jsonl:1 (a): no question; want images,", [{k: v for k, v in ROW.items() if k != "question"}]),
+    ("s.jsonl: 2 rows, 1 ids; want some, each once", [ROW, ROW]),
+    ("s.jsonl: 0 rows", []),
+    ("answer 'Lo'; want an entity, and its box", [ROW | {"answer": "Lo"}]),
+    ("'bbox_1000': [5, 5, 5, 9]}; want a name", [ROW | {"entities": [{"entity": "A", "bbox_1000": [5, 5, 5, 9]}]}]),
+    ("'A<|im_end|>'", [ROW | {"entities": [{"entity": "A<|im_end|>", "bbox_1000": [5, 5, 6, 9]}]}]),
+    ("no file gone.png; want an image", [ROW | {"images": ["gone.png"]}]),
+    ('k: \'int\' object is not iterable; want JSON {"Name": {"description"}}', [ROW]),
+])  # fmt: skip
+def test_bad_rows_and_tables_are_one_clear_line(words, rows, tmp_path):
+    (tmp_path / "a.png").touch()
+    samples, table = write(tmp_path / "s.jsonl", rows), write(tmp_path / "k", [{"Lo": 1}])
+    said = cot(samples, tmp_path / "o", "--knowledge", table, check=False)
+    assert words in said and said.count("\n") == 1
+
+
+# ---- a server with faults ----
+class Teacher(BaseHTTPRequestHandler):
+    """A prompt first meets the faults of its row, by the number at the end of the target's name, then a good chain."""
+
+    def do_POST(self):
+        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        image, text = body["messages"][0]["content"]
+        Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].split(",", 1)[1]))).load()
+        target, box = re.search(r"The bounding box of (.*) is (.*)\.", text["text"]).groups()
+        with server.lock:
+            server.keys.add(self.headers["Authorization"])
+            faults = server.left.setdefault(target, [*server.faults[int(target.split()[-1]) % len(server.faults)]])
+            fault = faults.pop(0) if faults else None
+            server.counts[fault] += 1
+            fault = 401 if server.counts[None] > server.quits_after else fault
+        time.sleep(1.5 if fault == "slow" else 0)
+        if fault == "drop":
+            return self.connection.close()
+        # a line separator that JSON does not escape, and half a character
+        chain = FINE.replace("Lo", target).replace(LAST, box).replace("outline.", "outline.\u2028\ud83d", 1)
+        choice = {"message": {"content": "blah" if fault == "garbage" else chain}, "finish_reason": "stop"}
+        answer = {"id": "1", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+        status = fault if isinstance(fault, int) else 200
+        data = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
+        sent = {"half a body": data[:99], "half a JSON": data[:99], "no choices": b"{}", "page": b"<html>Hello</html>"}
+        sent = sent.get(fault, data)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if fault == "page" else "application/json")
+            self.send_header("Content-Length", str(len(data if fault == "half a body" else sent)))
+            self.end_headers()
+            self.wfile.write(sent)
+        except (BrokenPipeError, ConnectionResetError):  # the client had waited long enough
+            pass
+
+    log_message = lambda self, *args: None  # noqa: E731
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    server.lock, server.keys, server.left, server.counts = threading.Lock(), set(), {}, Counter()
+    server.faults, server.quits_after = [[]], 10**9
+    server.flags = ["--teacher", "openai", "--teacher_model", "big", "--request_timeout", 1, "--base_url",
+                    f"http://127.0.0.1:{server.server_port}/v1"]  # fmt: skip
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def many(tmp_path):  # 90 rows, each with a target of its own name
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    rows = [ROW | {"id": f"many-{i}", "entities": [{"entity": f"Lo {i}", "bbox_1000": BOXES["Lo"]}], "target": 0,
+                   "answer": ANSWER.replace("Lo", f"Lo {i}")} for i in range(90)]  # fmt: skip
+    return write(tmp_path / "samples.jsonl", rows)
+
+
+ALWAYS_BAD = (["garbage"] * 99, [400] * 99)
+FAULTS = [[429], [500], [503], ["slow"], ["garbage", "garbage"], ["drop"], ["half a body"], ["half a JSON"], ["page"],
+          ["no choices"], ["drop", "garbage", 408], *ALWAYS_BAD, []]  # fmt: skip
+
+
+def test_rows_through_every_fault_and_a_kill_are_each_finished_once(many, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
+    server.faults, out, lines = FAULTS, tmp_path / "out", 0
+    run = start(many, out, *server.flags, "--concurrency", 8)
+    while run.poll() is None and lines < 20:
+        time.sleep(0.02)
+        lines = (out / "part.jsonl").read_bytes().count(b"\n") if (out / "part.jsonl").exists() else 0
+    run.kill()
+    assert run.wait() == -9 and 20 <= lines < 80
+    (out / "part.jsonl").write_bytes((out / "part.jsonl").read_bytes() + b'{"id": "many-')
+    cot(many, out, *server.flags, "--concurrency", 32, "--price_per_million", 1000, 2000)
+    parts, kept = read(out / "part.jsonl"), read(out / "samples.jsonl")
+    stats = json.loads((out / "stats.json").read_text())
+    ids, kinds = [f"many-{i}" for i in range(90)], [FAULTS[i % len(FAULTS)] for i in range(90)]
+    assert sorted(r["id"] for r in parts) == sorted(ids)
+    assert [r["id"] for r in kept] == [i for i, kind in zip(ids, kinds, strict=True) if kind not in ALWAYS_BAD]
+    assert all(gen_cot.judge(r["cot"], False, r, ARGS)[1] is None and "\u2028" not in r["cot"] for r in kept)
+    garbage, refused = (kinds.count(kind) for kind in ALWAYS_BAD)
+    assert stats["rejected"] == {"refused by the server": refused, "headings": garbage}
+    answers = sum(r["attempt"] for r in parts) - refused
+    assert (stats["prompt_tokens"], stats["completion_tokens"]) == (7 * answers, 5 * answers)
+    assert stats["cost"] == round(answers * (7 * 1000 + 5 * 2000) / 1e6, 4) and stats["attempts"].keys() == {*"123"}
+    assert len(kept) <= server.counts[None] <= len(kept) + 8  # what was saved is not asked again
+    written = "".join(p.read_text() for p in out.glob("*.json*"))
+    assert server.keys == {"Bearer from-the-environment"} and "from-the-environment" not in written
+
+
+def test_a_row_is_at_fault_if_others_are_answered_else_the_server(many, tmp_path, server):
+    """It fails on one row, refuses every row, is absent, quits: the last three end in one line, no row is lost."""
+    server.faults = [[500] * 9] + [[]] * 89
+    cot(many, tmp_path / "a", *server.flags, "--max_retries", 1, "--concurrency", 2)
+    (rejected,) = read(tmp_path / "a/rejected.jsonl")
+    assert (rejected["id"], rejected["reason"]) == ("many-0", "refused by the server")
+    server.faults, server.left = [[400] * 9], {}
+    assert "every row is refused, BadRequestError" in cot(many, tmp_path / "b", *server.flags, check=False)
+    absent = [*server.flags[:-1], "http://127.0.0.1:9/v1", "--max_retries", 1]
+    assert "127.0.0.1:9/v1: APIConnectionError" in cot(many, tmp_path / "c", *absent, check=False)
+    assert not read(tmp_path / "b/part.jsonl") and not read(tmp_path / "c/part.jsonl")
+    server.faults, server.left, server.quits_after = [[]], {}, server.counts[None] + 30
+    assert "AuthenticationError" in cot(many, tmp_path / "d", *server.flags, check=False)
+    assert 15 <= len(read(tmp_path / "d/part.jsonl")) <= 30 and not (tmp_path / "d/samples.jsonl").exists()

@@ -1,75 +1,54 @@
-"""Composition: boxes are exact, draws depend on (seed, index) alone, bad sources are named and counted."""
+"""synth_data.py: boxes are exact, draws depend on (seed, index) alone; sources of every kind, leaks, bad images."""
 
 import json
 import random
+import subprocess
+import sys
+import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import toy_world
-from conftest import SCENE_FLAGS, run_script
+from conftest import ROOT, SCENE_FLAGS
 from PIL import Image, ImageOps
 
 import synth_data as s
 
-
-def settings(**changes):
-    base = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pixels=401408, background="white",
-                entity_scale=(1.0, 1.0), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
-    return SimpleNamespace(**(base | changes))
+SCENE = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pixels=401408, background="white",
+             entity_scale=(1.0, 1.0), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
+OPTIONS = [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}]
 
 
-def marked(width, height, box, color):
-    """Black image with one coloured rectangle at `box`."""
-    image = Image.new("RGB", (width, height))
-    image.paste(color, box)
-    return image
-
-
-@pytest.mark.parametrize("layout", s.LAYOUTS)
-@pytest.mark.parametrize(
-    "options", [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}]
-)
+@pytest.mark.parametrize("layout, options", [(layout, options) for layout in s.LAYOUTS for options in OPTIONS])
 def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
-    """Each source has its box in a colour of its own; in the composite that colour fills exactly the remapped box."""
+    """Each source has its box in a colour of its own, which in the composite fills exactly the remapped box."""
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
-    rng = random.Random(f"{layout}{options}")
+    rng, args = random.Random(f"{layout}{options}"), SimpleNamespace(**SCENE | {"layouts": [layout]} | options)
     for _ in range(5):
         images, boxes = [], []
         for color in colors:
             w, h = rng.randint(80, 300), rng.randint(80, 300)
             x1, y1 = rng.randint(0, w // 2), rng.randint(0, h // 2)
             boxes.append((x1, y1, rng.randint(x1 + 30, w), rng.randint(y1 + 30, h)))
-            images.append(marked(w, h, boxes[-1], color))
-        canvas, placed, name = s.compose(images, boxes, rng, settings(layouts=[layout], **options))
-        assert name == layout
+            images.append(Image.new("RGB", (w, h)))
+            images[-1].paste(color, boxes[-1])
+        canvas, placed, name = s.compose(images, boxes, rng, args)
         pixels = np.asarray(canvas).astype(int)
         for color, box in zip(colors, placed, strict=True):
             rows, cols = np.nonzero(np.abs(pixels - color).sum(-1) < 120)
             assert np.allclose([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1], box, atol=1.6), (color, box)
-
-
-@pytest.mark.parametrize("layout", s.LAYOUTS)
-def test_tiles_never_overlap_and_the_pixel_cap_holds(layout):
-    rng = random.Random(0)
-    for k in range(2, 7):
-        images = [Image.new("RGB", (rng.randint(50, 400), rng.randint(50, 400))) for _ in range(k)]
-        whole = [(0, 0, *im.size) for im in images]
-        canvas, placed, _ = s.compose(images, whole, rng, settings(layouts=[layout], tile_px=448, gap_px=(0, 10)))
-        assert canvas.width * canvas.height <= 401408
-        for i, a in enumerate(placed):
-            assert 0 <= a[0] < a[2] <= canvas.width + 1e-6 and 0 <= a[1] < a[3] <= canvas.height + 1e-6
-            for b in placed[:i]:
-                assert a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
+        assert name == layout and canvas.width * canvas.height <= args.max_pixels
 
 
 def test_boxes_on_the_1000_grid_are_within_half_a_cell_and_never_empty():
-    rng = random.Random(0)
-    for _ in range(500):
-        w, h = rng.randint(20, 3000), rng.randint(20, 3000)
-        x1, y1 = rng.uniform(0, w - 1), rng.uniform(0, h - 1)
-        box = (x1, y1, rng.uniform(x1, w), rng.uniform(y1, h))
-        n = s.to_1000(box, w, h)
+    for seed in range(500):
+        rng = random.Random(seed)
+        w, h, x1, y1 = rng.randint(20, 3000), rng.randint(20, 3000), rng.uniform(0, 19), rng.uniform(0, 19)
+        n = s.to_1000(box := (x1, y1, rng.uniform(x1, w), rng.uniform(y1, h)), w, h)
         assert 0 <= n[0] < n[2] <= 1000 and 0 <= n[1] < n[3] <= 1000
         if box[2] - box[0] > w / 500 and box[3] - box[1] > h / 500:
             assert all(abs(v - p * 1000 / size) <= 0.5001 for v, p, size in zip(n, box, (w, h, w, h), strict=True))
@@ -81,262 +60,187 @@ def read(folder):
 
 def test_rows_keep_the_contract(synth_dir):
     rows = read(synth_dir)
-    assert len(rows) == 12 and len({r["id"] for r in rows}) == 12
+    assert len(rows) == 12 == len({r["id"] for r in rows}) and (synth_dir / "preview.png").exists()
     for r in rows:
-        names = [e["entity"] for e in r["entities"]]
+        names, target = [e["entity"] for e in r["entities"]], r["entities"][r["target"]]
         assert 2 <= len(names) <= 6 and len(set(names)) == len(names)
         assert {toy_world.ENTITIES[n][0] for n in names} == {r["category"]}
-        target = r["entities"][r["target"]]
-        assert r["question"] == s.QUESTION.format(target["entity"]) and r["answer"] == s.ANSWER.format(
-            target["entity"], *target["bbox_1000"]
-        )
-        assert r["messages"][0]["content"] == "<image>" + r["question"] and r["messages"][1]["content"] == r["answer"]
+        assert r["question"] == s.QUESTION.format(target["entity"])
+        assert r["answer"] == s.ANSWER.format(target["entity"], *target["bbox_1000"])
+        assert [m["content"] for m in r["messages"]] == ["<image>" + r["question"], r["answer"]]
         assert Image.open(synth_dir / r["images"][0]).size == (r["width"], r["height"])
-    assert (synth_dir / "preview.png").exists() and json.loads((synth_dir / "stats.json").read_text())["rows"] == 12
 
 
-def test_output_does_not_depend_on_workers_or_interruption(world_dir, synth_dir, tmp_path):
-    flags = ["--source", world_dir / "train", "--num_samples", 12, *SCENE_FLAGS]
-    run_script("synth_data.py", "--out", tmp_path / "two", *flags[:-1], 2)
-    assert (tmp_path / "two" / "samples.jsonl").read_bytes() == (synth_dir / "samples.jsonl").read_bytes()
-    lines = (synth_dir / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "two" / "samples.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:50])
-    run_script("synth_data.py", "--out", tmp_path / "two", *flags)
-    assert (tmp_path / "two" / "samples.jsonl").read_bytes() == (synth_dir / "samples.jsonl").read_bytes()
-    for image in (synth_dir / "images").iterdir():
-        assert (tmp_path / "two" / "images" / image.name).read_bytes() == image.read_bytes()
-    other = run_script("synth_data.py", "--out", tmp_path / "two", *flags, "--seed", 1, check=False)
-    assert other.returncode != 0 and "--seed was 0, now 1" in other.stderr
+def test_a_killed_run_and_more_workers_and_a_longer_run_end_in_the_same_bytes(world_dir, tmp_path):
+    command = [sys.executable, ROOT / "synth_data.py", "--source", world_dir / "train", *SCENE_FLAGS[:-2]]
+    command, part, lines = [*map(str, command), "--queries_per_image", "2"], tmp_path / "b/samples.jsonl", 0
+    subprocess.run([*command, "--out", tmp_path / "a", "--num_samples", "600", "--num_workers", "1"], check=True)
+    run = subprocess.Popen([*command, "--out", tmp_path / "b", "--num_samples", "500", "--num_workers", "2"])
+    while run.poll() is None and lines < 100:
+        time.sleep(0.005)
+        lines = part.read_bytes().count(b"\n") if part.exists() else 0
+    run.kill()
+    assert run.wait() == -9 and 100 <= lines < 1000
+    part.write_bytes(part.read_bytes() + b'{"id": "0-0')  # a cut last line
+    again = [*command, "--out", tmp_path / "b", "--num_samples", "600", "--num_workers", "3"]
+    assert "500 -> 600" in subprocess.run(again, check=True, capture_output=True, text=True).stdout
+    assert part.read_bytes() == (tmp_path / "a/samples.jsonl").read_bytes()
+    for row in read(tmp_path / "a"):
+        assert (tmp_path / "a" / row["images"][0]).read_bytes() == (tmp_path / "b" / row["images"][0]).read_bytes()
+    other = subprocess.run([*again, "--seed", "1"], capture_output=True, text=True)
+    assert other.returncode == 1 and "'seed': '0 -> 1'" in other.stderr and other.stderr.count("\n") == 1
 
 
-def test_held_out_entities_never_occur(world_dir, tmp_path):
-    run_script(
-        "synth_data.py",
-        "--source",
-        world_dir / "train",
-        "--out",
-        tmp_path,
-        "--num_samples",
-        20,
-        "--holdout_entities",
-        0.3,
-        *SCENE_FLAGS,
-    )
-    held = {e.split("/")[1] for e in json.loads((tmp_path / "stats.json").read_text())["held_out_entities"]}
-    assert len(held) == 18 and not held & {e["entity"] for r in read(tmp_path) for e in r["entities"]}
-
-
-def photo(seed, size=(200, 150)):
-    """A smooth random picture: its hash is its own, and survives scaling and compression."""
+# ---- small sources ----
+def photo(seed, size=(200, 150)):  # smooth: its hash is its own, and survives scaling and compression
     small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "source.jsonl", "rows.jsonl"])
-def test_images_of_the_benchmark_are_excluded_even_scaled_and_compressed(kind, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    source, boxes = tmp_path / "source", []
-    for n in range(12):
-        name = f"cat/{'ab'[n % 2]}/{n}.png"
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        photo(n).save(source / name)
-        boxes.append({"image": name, "bbox_px": [1, 1, 100, 100]})
-    (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
-    (tmp_path / "folder").mkdir()
-    files = [f"folder/{n}.jpg" for n in (3, 4, 50)]
-    for n, file in zip((3, 4, 50), files, strict=True):
-        photo(n, (640, 480)).save(tmp_path / file, quality=60)
-    if kind.endswith("parquet"):
-        data = [(tmp_path / f).read_bytes() for f in files]
-        rows = [{"image": d if kind == "bytes.parquet" else {"bytes": d, "path": "x"}, "id": 0} for d in data]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / kind)
-    elif kind != "folder":
-        rows = [{"images": [f]} if kind == "rows.jsonl" else {"image": f} for f in files]
-        (tmp_path / kind).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "stats.json").read_text())["excluded"] == ["cat/a/4.png", "cat/b/3.png"]
-    used = {e["source"] for r in read(tmp_path / "out") for e in r["entities"]}
-    assert used and not used & {"cat/a/4.png", "cat/b/3.png"}
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
 
 
-def test_sources_of_our_own_composites_are_excluded_by_name(world_dir, synth_dir, tmp_path):
-    """A composite does not look like any of its sources; its row says which they were."""
-    run_script("synth_data.py", "--source", world_dir / "train", "--out", tmp_path, "--num_samples", 12, "--exclude",
-               synth_dir / "samples.jsonl", "--exclude_distance", 0, *SCENE_FLAGS)  # fmt: skip
-    before, now = ({e["source"] for r in read(d) for e in r["entities"]} for d in (synth_dir, tmp_path))
-    assert len(before) > 20 and now and not before & now
-
-
-def test_what_the_hash_finds_and_what_it_does_not():
-    """The shares that --help tells, loosely, on 60 photos; and no two of them are taken for one."""
-    photos = [photo(n, (400, 300)) for n in range(60)]
-    hashes = np.array([s.difference_hash(p) for p in photos])
-
-    def found(change):
-        return np.mean(
-            [np.bitwise_count(h ^ s.difference_hash(change(p))) <= 4 for h, p in zip(hashes, photos, strict=True)]
-        )
-
-    def crop(share):
-        return lambda p: p.crop((400 * share, 300 * share, 400 * (1 - share), 300 * (1 - share)))
-
-    assert found(lambda p: p.resize((133, 100))) == 1 and found(lambda p: p.point(lambda v: v * 0.8)) == 1
-    assert found(crop(0.01)) > 0.8 and 0.3 < found(crop(0.02)) < 1 and found(crop(0.05)) < 0.5
-    assert found(lambda p: p.rotate(90)) == 0 and found(ImageOps.mirror) == 0, "mirrored ones are hashed in addition"
-    apart = np.bitwise_count(hashes[:, None] ^ hashes[None]) + 64 * np.eye(60, dtype=int)
-    assert apart.min() > 4
-
-
-def test_a_benchmark_is_hashed_mirrored_too_and_its_mistakes_get_one_line(tmp_path):
-    photo(0).save(tmp_path / "a.png")
-    ImageOps.mirror(photo(1)).save(tmp_path / "b.png")
-    hashes, names = s.benchmark_images(tmp_path)
-    sources = [s.Source(str(tmp_path / f), f, f, "c", None) for f in ("a.png", "b.png", "c.png")]
-    photo(1).save(tmp_path / "b.png")
-    photo(2).save(tmp_path / "c.png")
-    assert [s.occurs_in(x, hashes, names, 4) for x in sources] == [True, True, False]
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "a.png").write_bytes(b"no image")
-    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n')
-    for name, message in (
-        ("nowhere.parquet", "no such folder, .jsonl or .parquet"),
-        ("nowhere.jsonl", "no such file"),
-        ("rows.jsonl", "row 1 has no image"),
-        ("x", "unreadable image"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            s.benchmark_images(tmp_path / name)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 7), (333, 222)])
-def test_a_photo_png_holds_exactly_the_pixels(size, tmp_path):
-    for kind in ("white", "noise", "gradient"):
-        image = s.background_of(kind, size, random.Random(0))
-        s.save_photo_png(image, tmp_path / "photo.png")
-        with Image.open(tmp_path / "photo.png") as back:
-            assert back.mode == "RGB" and back.size == size and back.tobytes() == image.tobytes()
-
-
-def test_photos_give_the_same_bytes_for_any_number_of_workers_and_the_pixels_of_compose(tmp_path):
-    source, boxes = tmp_path / "source", []
-    for n in range(8):
-        name = f"cat/{'abcd'[n % 4]}/{n}.jpg"
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        photo(n).convert("L" if n == 3 else "RGB").save(source / name, quality=90)
-        boxes.append({"image": name, "bbox_px": [0, 0, 200, 150]})
-    (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
-    for workers in (1, 3):
-        done = synth(source, tmp_path / str(workers), "--num_workers", workers)
-        assert done.returncode == 0, done.stderr
-    for row in read(tmp_path / "1"):
-        name = row["images"][0]
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
-        want = Image.new("RGB", (row["width"], row["height"]), (255, 255, 255))
-        for e in row["entities"]:
-            x1, y1, x2, y2 = map(round, e["bbox_px"])  # the whole photo
-            tile = Image.open(source / e["source"]).convert("RGB").resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
-            want.paste(tile, (x1, y1))
-        assert Image.open(tmp_path / "1" / name).tobytes() == want.tobytes()
-    assert (tmp_path / "1" / "samples.jsonl").read_bytes() == (tmp_path / "3" / "samples.jsonl").read_bytes()
-
-
-def test_drawings_are_written_by_pillow(synth_dir, tmp_path):
-    """The toy world's published results hang on these bytes: they must not change with the way photos are written."""
-    for path in (synth_dir / "images").iterdir():
-        Image.open(path).save(tmp_path / "again.png", compress_level=1)
-        assert path.read_bytes() == (tmp_path / "again.png").read_bytes()
-
-
-@pytest.mark.parametrize("mode, suffix, want", [
-    ("RGB", "jpg", "RGB"), ("L", "jpg", "RGB"), ("CMYK", "jpg", "RGB"), ("RGB", "png", "RGB"), ("RGBA", "png", "RGBA"),
-    ("LA", "png", "RGBA"), ("P", "png", "RGB"), ("L", "png", "RGB"),
-])  # fmt: skip
-def test_a_source_of_any_mode_loads_as_convert_would_give_it(mode, suffix, want, tmp_path):
-    photo(0).convert(mode).save(tmp_path / f"a.{suffix}")
-    image = s.load_source(s.Source(str(tmp_path / f"a.{suffix}"), "a", "a", "a", (0, 0, 200, 150)))
-    assert image.mode == want and image.tobytes() == Image.open(tmp_path / f"a.{suffix}").convert(want).tobytes()
-
-
-@pytest.fixture
-def small_source(tmp_path):
-    """Two entities of one category with four images each."""
-    source, boxes = tmp_path / "source", []
-    for name in ("a", "b"):
-        (source / "cat" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (40, 30), (i * 50, 0, 0)).save(source / "cat" / name / f"{i}.png")
-            boxes.append({"image": f"cat/{name}/{i}.png", "bbox_px": [1, 1, 30, 20]})
-    (source / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes))
-    return source
+def make_source(folder, count=8, category="Cat"):
+    names = [f"{category}/{'ab'[i % 2]}/{i}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(i).save(folder / name)
+    with open(folder / "boxes.jsonl", "a") as f:
+        f.writelines(json.dumps({"image": name, "bbox_px": [1, 1, 100, 100]}) + "\n" for name in names)
+    return folder
 
 
 def synth(source, out, *flags):
-    return run_script(
-        "synth_data.py", "--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, *flags, check=False
-    )
+    """stats.json of a small run in this process."""
+    flags = ("--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, "--tile_px", 60, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["synth_data.py", *map(str, flags)])
+        s.main()
+    return json.loads((out / "stats.json").read_text())
 
 
-def test_a_corrupt_image_is_named_and_skipped_only_if_allowed(small_source, tmp_path):
-    (small_source / "cat" / "a" / "2.png").write_bytes(b"not an image")
-    stopped = synth(small_source, tmp_path / "out")
-    assert stopped.returncode != 0 and "a/2.png: unreadable" in stopped.stderr and "Traceback" not in stopped.stderr
-    done = synth(small_source, tmp_path / "out2", "--max_bad_images", 1)
-    assert done.returncode == 0 and len(read(tmp_path / "out2")) == 8
-    assert len(json.loads((tmp_path / "out2" / "stats.json").read_text())["bad_images"]) == 1
+@pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "rows.jsonl"])
+def test_images_of_the_benchmark_are_excluded_even_scaled_compressed_and_mirrored(kind, tmp_path):
+    source = make_source(tmp_path / "source", 30)
+    pictures = [photo(3, (640, 480)), ImageOps.mirror(photo(4)), photo(50)]
+    files = [f"folder/deep/{n}.jpg" for n in range(4)]
+    (tmp_path / "folder/deep").mkdir(parents=True)
+    for picture, file in zip(pictures, files, strict=False):
+        picture.save(tmp_path / file, quality=60)
+    (tmp_path / files[3]).write_bytes(b"no image")  # it can be no question either
+    if kind.endswith("parquet"):
+        data = [(tmp_path / f).read_bytes() for f in files]
+        pq.write_table(pa.table({"image": data if kind[0] == "b" else [{"bytes": d} for d in data]}), tmp_path / kind)
+    elif kind != "folder":
+        write(tmp_path / kind, [{"images": files[:1]}, *[{"image": str(tmp_path / f)} for f in files[1:]]])
+    stats = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
+    assert stats["left_out_sources"] == {"Cat/b/3.png": "excluded", "Cat/a/4.png": "excluded"}
+
+
+def test_held_out_entities_and_sources_of_excluded_composites_never_occur(world_dir, synth_dir, tmp_path):
+    flags = ("--holdout_entities", 0.3, "--exclude", synth_dir / "samples.jsonl", "--exclude_distance", 0)
+    held = synth(world_dir / "train", tmp_path, *flags)["held_out_entities"]
+    used, before = ([e | r for r in read(d) for e in r["entities"]] for d in (tmp_path, synth_dir))
+    assert len(held) > 10 and not {*held} & {f"{e['category']}/{e['entity']}" for e in used}
+    assert len(before) > 20 and not {e["source"] for e in before} & {e["source"] for e in used}
+
+
+@pytest.mark.parametrize("mode, kind, want", [("L", "jpg", "RGB"), ("CMYK", "jpg", "RGB"), ("RGBA", "png", "RGBA"),
+                                              ("LA", "png", "RGBA"), ("P", "png", "RGB")])  # fmt: skip
+def test_a_source_of_any_mode_loads_as_convert_would_give_it_and_upright(mode, kind, want, tmp_path):
+    exif, path = Image.Exif(), tmp_path / f"a.{kind}"
+    exif[0x0112] = 6
+    photo(0).convert(mode).save(path, exif=exif)
+    turned = Image.open(path).convert(want).transpose(Image.Transpose.ROTATE_270)
+    assert s.open_image(path).mode == want and s.open_image(path).tobytes() == turned.tobytes()
+
+
+def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder(tmp_path):
+    """Of the parquet two rows are bad: they are skipped and counted. It is read by row groups."""
+    source = make_source(tmp_path / "source")
+    rows = [json.loads(line) for line in (source / "boxes.jsonl").read_text().splitlines()]
+    rows = [r | {"entity": r["image"][4], "category": "CAT"} for r in rows]
+    (tmp_path / "link").symlink_to(source)
+    write(tmp_path / "abs.jsonl", [r | {"image": str(source / r["image"])} for r in rows])
+    data = [*[(source / r["image"]).read_bytes() for r in rows], b"broken", None]
+    table = [r | {"image": {"bytes": d}} for r, d in zip([*rows, *rows[:2]], data, strict=True)]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet", row_group_size=3)
+    synth(source, tmp_path / "0")
+    for kind in ("link", "abs.jsonl", "rows.parquet"):
+        stats = synth(tmp_path / kind, tmp_path / f"out_{kind}", "--categories", "cAt", "--max_bad_rows", 2)
+        assert stats["left_out"] == ({"bad image": 2} if "parquet" in kind else {})
+        for image in (tmp_path / "0/images").iterdir():
+            assert image.read_bytes() == (tmp_path / f"out_{kind}/images" / image.name).read_bytes()
+    assert s.image_column(tmp_path / "rows.parquet", 1).length() == 3
+
+
+NAMES = "Chardonnay 2012, 2013, 2014", "Boeing 737-600, 700, 800, 900", "Porsche 911 (901, 930, 964, 993)", "A\n"
+
+
+def test_any_name_is_fine_and_is_stripped_but_special_tokens_are_refused(tmp_path):
+    photo(0).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "entity": name, "category": "Car ", "bbox_px": [0, 0, 9.5, 151]} for name in NAMES]
+    synth(write(tmp_path / "s.jsonl", rows), tmp_path / "out")
+    assert {e["entity"] for r in read(tmp_path / "out") for e in r["entities"]} == {n.strip() for n in NAMES}
+    write(tmp_path / "s.jsonl", [rows[0] | {"entity": "A<|im_end|>"}])
+    with pytest.raises(s.InputError, match=r"s.jsonl:1: image, category, entity \['a.png'.*; want texts without spec"):
+        synth(tmp_path / "s.jsonl", tmp_path / "no")
+
+
+@pytest.mark.parametrize("line, want", [
+    ({}, "not listed"), ({"bbox_px": None, "reason": "blurred"}, "blurred"),
+    *[({"bbox_px": [*box, 299.5]}, [0, 0, 400, 299.5]) for box in ([0, 0, 400], [-1, 0, 401])],
+    *[({"bbox_px": box}, f"bad box: {box}; want x1 < x2, y1 < y2 in 400x300")
+      for box in ([-2, 0, 9, 9], [5, 5, 5, 9], [0, 0, float("nan"), 9], [0, 0, "9", 9], [1, 2, 3], [-1, 0, 0, 9])],
+    *[({"pred_bbox_1000": box}, now) for box, now in (([10, 10, 330, 666], [4, 3, 132, 199.8]), (None, "not one box"),
+      ([0, 0, 19, 1000], "too small"), ([0, 0, 99, 99], "too small"), ([0, 0, 70, 1000], "too thin"))],
+])  # fmt: skip
+def test_a_box_in_an_image_of_400_x_300_is_clipped_by_1_px_and_a_models_is_doubted(line, want):
+    assert s.box_of(s.Source("a", "a", "c", "e", None), line, (400, 300), 0.02) == want
+
+
+def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_path):
+    source = make_source(tmp_path / "source")
+    answers = [{"question_id": f"Cat/{'ab'[i % 2]}/{i}.png", "sample": k, "image": str(source), "correct": None,
+                "pred_bbox_1000": [0, 0, 500 + k, 500 - 495 * (i == 0)]} for i in range(7) for k in range(2)]
+    stats = synth(source, tmp_path / "out", "--boxes", write(tmp_path / "p.jsonl", answers))
+    assert stats["left_out_sources"] == {"Cat/a/0.png": "too small", "Cat/b/7.png": "not listed"}
+    for r in read(tmp_path / "out"):  # half of each picture
+        assert all(abs((b[2] - b[0]) / (b[3] - b[1]) - 4 / 3) < 0.1 for b in (e["bbox_px"] for e in r["entities"]))
+
+
+def test_bad_images_are_counted_and_listed_and_a_higher_limit_is_no_other_run(tmp_path):
+    source = make_source(tmp_path / "source", 20)
+    (source / "Cat/a/2.png").write_bytes(b"not an image")
+    stats = synth(source, tmp_path / "out")  # one is 1 % of 20, rounded up
+    assert stats["left_out"] == {"bad image": 1} and list(stats["left_out_sources"]) == ["Cat/a/2.png"]
+    before = (tmp_path / "out/samples.jsonl").read_bytes()
+    synth(source, tmp_path / "out", "--max_bad_rows", 5)
+    assert (tmp_path / "out/samples.jsonl").read_bytes() == before
+    (source / "Cat/a/4.png").write_bytes((source / "Cat/a/4.png").read_bytes()[:-60])
+    with pytest.raises(s.InputError, match='2 bad, {"Cat/a/2.png": "bad image: cannot .*; want --max_bad_rows, now 1'):
+        synth(source, tmp_path / "no")
+
+
+def test_categories_are_drawn_alike_or_by_their_images(tmp_path):
+    source, share = make_source(make_source(tmp_path / "source", 4, "few"), 36, "many"), {}
+    for weights in ("uniform", "images"):
+        synth(source, tmp_path / weights, "--num_samples", 200, "--category_weights", weights, "--canvas_size", 60, 40)
+        share[weights] = Counter(r["category"] for r in read(tmp_path / weights))["few"] / 200
+    assert 0.4 < share["uniform"] < 0.6 and 0.04 < share["images"] < 0.17
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: (d / "boxes.jsonl").unlink(), "boxes.jsonl: no box for 8 of 8 images; want one"),
-    (lambda d: (d / "boxes.jsonl").write_text('{"image": "cat/a/0.png"}\n'), "boxes.jsonl: cat/a/0.png: no 'bbox_px'"),
-    (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: not JSON"),
-    (lambda d: (d / "boxes.jsonl").write_text((d / "boxes.jsonl").read_text().replace("30, 20", "300, 20")),
-     "does not lie in the 40x30 image"),
-    (lambda d: [p.unlink() for p in d.glob("*/*/*.png")], "no images"),
-    (lambda d: [p.unlink() for p in d.glob("cat/b/*.png")], "no category with 2 entities"),
+    (lambda d: (d / "boxes.jsonl").unlink(), "0 usable, {'not listed': 8}; want --min_entities of one category"),
+    (lambda d: write(d / "boxes.jsonl", [{"image": "a.png"}]), "boxes.jsonl:1 (a.png): no box; want"),
+    (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: b'{broken'; want one JSON object a line"),
+    (lambda d: d.rename(d.parent / "elsewhere"), "No such file or directory"),
 ])  # fmt: skip
-def test_a_bad_source_gets_one_clear_line(change, message, small_source, tmp_path):
-    change(small_source)
-    done = synth(small_source, tmp_path / "out")
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_missing_source_and_bad_flags_get_one_clear_line(tmp_path):
-    for flags, message in (
-        (("--source", "nowhere"), "nowhere: no such file"),
-        (("--source", ".", "--min_entities", "1"), "2 <= --min_entities"),
-    ):
-        done = run_script("synth_data.py", *flags, "--out", tmp_path / "o", check=False)
-        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_parquet_and_jsonl_sources_give_the_pixels_of_the_folder(small_source, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [json.loads(line) for line in (small_source / "boxes.jsonl").read_text().splitlines()]
-    rows = [r | {"entity": r["image"].split("/")[1], "category": "cat"} for r in rows]
-    (small_source / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    table = [r | {"image": {"bytes": (small_source / r["image"]).read_bytes()}} for r in rows]
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet")
-    for i, source in enumerate((small_source, small_source / "rows.jsonl", tmp_path / "rows.parquet")):
-        done = synth(source, tmp_path / str(i))
-        assert done.returncode == 0, done.stderr
-    for image in (tmp_path / "0" / "images").iterdir():
-        for other in ("1", "2"):
-            assert image.read_bytes() == (tmp_path / other / "images" / image.name).read_bytes()
-    for row, message in (({}, "bad.parquet.boxes.jsonl: no box for 1 of 1"), ({"kind": "c"}, "no column 'category'")):
-        row = {"image": b"", "entity": "a"} | (row or {"category": "c"})
-        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "bad.parquet")
-        done = synth(tmp_path / "bad.parquet", tmp_path / "bad")
-        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_images_without_a_box_are_left_out_aloud(small_source, tmp_path):
-    lines = (small_source / "boxes.jsonl").read_text().splitlines(keepends=True)
-    (small_source / "boxes.jsonl").write_text("".join(lines[:-1]))
-    done = synth(small_source, tmp_path / "out")
-    assert done.returncode == 0 and "no box for 1 of 8 images (1 not listed); left out" in done.stderr
-    assert json.loads((tmp_path / "out" / "stats.json").read_text())["boxes"]["left_out"] == {"not listed": 1}
+def test_a_bad_source_gets_one_clear_line(change, message, tmp_path):
+    source = make_source(tmp_path / "source")
+    change(source)
+    with pytest.raises((s.InputError, FileNotFoundError)) as error:
+        synth(source, tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value)
