@@ -9,16 +9,16 @@
 # DATA     category/entity/* with boxes.jsonl, JSONL or parquet; BOX_MODEL=Qwen/Qwen2-VL-7B-Instruct makes the boxes it lacks
 # RUN=runs/name SEED=1 NPROC=8 (a node) CARD=h100 PYTHON=python (an environment at hand) TORCH_INDEX=URL (another build of torch)
 # SYNTH_FLAGS COT_FLAGS SFT_FLAGS ROLLOUT_FLAGS FILTER_FLAGS GRPO_FLAGS EVAL_FLAGS="..." go to the stages, after ours
-# NNODES=2 NODE_RANK=0 MASTER_ADDR=host on every node; the repo and RUN on a disk that all nodes share
+# NNODES=2 NODE_RANK=0 MASTER_ADDR=host on every node; repo and RUN on a shared disk
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 SEED=${SEED:-0} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} PY=${PYTHON:-.venv/bin/python} URL=${OPENAI_BASE_URL:-http://localhost:8000/v1}
 NODES=--standalone # one node finds a free port itself
 [ "$NNODES" = 1 ] || NODES="--nnodes $NNODES --node_rank $NODE_RANK --master_addr ${MASTER_ADDR:?want the host of node 0} --master_port ${MASTER_PORT:-29500}"
 stop() { echo "run_all.sh: $*" >&2; exit 2; }
-ready() { [ -n "${PYTHON:-}" ] || cmp -s requirements.txt .venv/installed.txt; }
 
 setup() {
+  ready() { [ -n "${PYTHON:-}" ] || cmp -s requirements.txt .venv/installed.txt; }
   while [ "$NODE_RANK" != 0 ] && ! ready; do sleep 5; done # node 0 makes it
   if ! ready; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || stop "python3 is $(python3 -V); want 3.10 or newer"
@@ -35,13 +35,10 @@ setup() {
 stage() { # name, command ...: runs it once; its output folder is $RUN/name
   local name=$1 began=$SECONDS; shift
   [ ! -e "$RUN/.done/$name" ] || return 0
-  if [ "$1" = torchrun ]; then
-    set -- "$PY" -m torch.distributed.run --nproc_per_node "$NPROC" $NODES "${@:2}"
-  elif [ "$NODE_RANK" != 0 ]; then # work of one process: node 0 does it
-    set -- true
-  fi
-  if [ -n "${DRY:-}" ]; then echo "== $name: $*"; return; fi
-  echo "== $name"
+  if [ "$1" = torchrun ]; then set -- "$PY" -m torch.distributed.run --nproc_per_node "$NPROC" $NODES "${@:2}"
+  elif [ "$NODE_RANK" != 0 ]; then set -- true; fi # work of one process: node 0 does it
+  echo "== $name${DRY:+: $*}"
+  [ -z "${DRY:-}" ] || return 0
   "$@"
   [ "$NODE_RANK" != 0 ] || echo $((SECONDS - began)) > "$RUN/.done/$name"
   while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done
@@ -55,8 +52,7 @@ serve() { # model: a teacher for gen_cot on node 0, until gen_cot is done or the
   "${server[@]}" > "$RUN/teacher.log" 2>&1 &
   TEACHER_PID=$!; trap 'kill $TEACHER_PID 2>/dev/null || true' EXIT
   until curl -sf --noproxy '*' localhost:8000/health >/dev/null; do
-    kill -0 $TEACHER_PID 2>/dev/null || stop "the teacher stopped: $(tail -n 1 "$RUN/teacher.log"); see $RUN/teacher.log"
-    sleep 2
+    sleep 2; kill -0 $TEACHER_PID 2>/dev/null || stop "the teacher stopped: $(tail -n 1 "$RUN/teacher.log"); see $RUN/teacher.log"
   done
 }
 
@@ -65,12 +61,12 @@ check() { # the real recipe: says memory, time and disk, and now what could not 
   "$PY" -c 'import sys, eval_kvg as e; sys.exit(not any(s["bbox_1000"] or s["options"] for s in e.read_samples(sys.argv[1:])[0]))' "$BENCH" || stop "BENCH=$BENCH: no answer in it; want some to score against"
   case $TEACHER in
     knowledge:*) [ -f "${TEACHER#*:}" ] || stop "TEACHER=$TEACHER: no such file" ;;
-    openai:*) curl -sf -m 20 ${OPENAI_API_KEY:+-H "Authorization: Bearer $OPENAI_API_KEY"} "$URL/models" >/dev/null || stop "no teacher at $URL; want TEACHER=serve:MODEL, or OPENAI_BASE_URL" ;;
+    openai:*) curl -sfm 20 -H "Authorization: Bearer ${OPENAI_API_KEY:-}" "$URL/models" >/dev/null || stop "no teacher at $URL; want TEACHER=serve:MODEL, or OPENAI_BASE_URL" ;;
   esac
-  local gpus=$((NPROC * NNODES))x${CARD:-$( (nvidia-smi -L 2>/dev/null || echo h100) | tr A-Z a-z | grep -oE -m 1 'a100|h100|h200|l40s|a6000|rtx ?[34]090' | tr -d ' ')}
+  local gpus=$((NPROC * NNODES))x${CARD:-$( (nvidia-smi -L 2>/dev/null || echo h100) | tr A-Z a-z | grep -oE -m 1 'a100|h100|h200|l40s|a6000|rtx ?[34]090' | tr -d ' ' || echo h100)}
   "$PY" tools/plan.py sft --model "$MODEL" --gpus "$gpus" --data_rows "$N_SFT" $SFT ${SFT_FLAGS:-} > "$RUN/plan_sft.txt" &
   "$PY" tools/plan.py grpo --model "$MODEL" --gpus "$gpus" --data_rows "$N_GRPO" $GRPO ${GRPO_FLAGS:-} > "$RUN/plan_grpo.txt"
-  wait $! && tail -qn 1 "$RUN"/plan_*.txt
+  wait $!; tail -qn 1 "$RUN"/plan_*.txt
   local needs=$(sed -n 's/.*run_all.sh at most \([0-9]*\) GB.*/\1/p' "$RUN/plan_grpo.txt") free=$(($(df -kP "$RUN" | awk 'END {print $4}') / 1000000))
   echo "disk: $needs GB wanted at most, $free GB free in $RUN"
   [ "$free" -ge "$needs" ] || [ -n "${DRY:-}" ] || stop "want more room, or --save_total_limit 1 in SFT_FLAGS and GRPO_FLAGS"
@@ -80,8 +76,7 @@ setup
 case "${1:-all}" in
   setup) exit ;;
   test)
-    command -v chromium google-chrome >/dev/null || # the report is tested in it; else that test is skipped
-      (timeout 300 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 || true
+    command -v chromium google-chrome >/dev/null || (apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 || true # shows the report
     exec "$PY" -m pytest -q -n 2 --dist loadfile tests ;;
   study) shift; exec "$PY" tests/toy/study.py "$@" ;;
   all | forget) ;;
@@ -91,35 +86,30 @@ esac
 if [ -z "${MODEL:-}" ]; then # ---- the toy world
   RUN=${RUN:-runs/toy} MODEL=tests/toy/base TOY=yes SEEN="disc square triangle diamond cross"
   DATA=$RUN/world/train BENCH=$RUN/world/kvg-bench.parquet TEACHER=knowledge:$RUN/world/knowledge.json
-  NPROC=${NPROC:-$((GPUS ? 1 : 2))} # a model this small gains more from two processes than from two threads
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export NPROC=${NPROC:-$((GPUS ? 1 : 2))} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model gains more from processes than from threads
   SYNTH="--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
-  N_SFT=${N_SFT:-1500} N_GRPO=${N_GRPO:-640} # stage 1 is short enough to leave something to learn
+  N_SFT=${N_SFT:-1500} N_GRPO=${N_GRPO:-640} LENGTH=320 EVAL_LENGTH=320 TEMPERATURE=0.8 # stage 1 leaves something to learn
   SFT="--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
-  LENGTH=320 EVAL_LENGTH=320 TEMPERATURE=0.8 # of GRPO and of the difficulty it is filtered by
   GRPO="--learning_rate 1e-4 --lr_scheduler constant --train_batch_size 16 --num_generations 8 --iou_threshold 0.5 --max_steps 40 --save_steps 10"
 else # ---- the paper's recipe
   : "${DATA:?want DATA=single-entity images}" "${BENCH:?want BENCH=kvg-bench.parquet}" "${TEACHER:?want TEACHER=serve:MODEL, openai:MODEL or knowledge:FILE}"
   RUN=${RUN:-runs/real} TOY="" SEEN=${SEEN:-aircraft car reptilia bird food} NPROC=${NPROC:-$((GPUS ? GPUS : 1))}
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
   SYNTH="--categories $SEEN --exclude $BENCH --jpeg_quality 90 95" # what the table calls unseen is not trained on
-  N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} SFT=""
-  LENGTH=512 EVAL_LENGTH=1024 TEMPERATURE=1 GRPO="--beta 0.04 --gradient_checkpointing"
+  N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=512 EVAL_LENGTH=1024 TEMPERATURE=1 SFT="" GRPO="--beta 0.04 --gradient_checkpointing"
 fi
 case $TEACHER in
   knowledge:*) COT="--teacher knowledge --knowledge ${TEACHER#*:}" ;;
-  serve:*) COT="--teacher openai --teacher_model ${TEACHER#*:}" ;;
-  openai:*) COT="--teacher openai --teacher_model ${TEACHER#*:} --base_url $URL" ;;
+  serve:* | openai:*) COT="--teacher openai --teacher_model ${TEACHER#*:} --base_url $URL" ;;
   *) stop "TEACHER=$TEACHER: want serve:MODEL, openai:MODEL or knowledge:FILE" ;;
 esac
 STAGES="world ask_boxes boxes synth_sft gen_cot filter_cot train_sft train_cot_sft synth_grpo rollouts filter_grpo train_grpo eval_base eval_sft eval_cot_sft eval_grpo"
 if [ -n "${FROM:-}" ]; then
-  case " $STAGES " in *" $FROM "*) ;; *) stop "FROM=$FROM: no such stage; want one of: $STAGES" ;; esac
+  [[ " $STAGES " = *" $FROM "* ]] || stop "FROM=$FROM: no such stage; want one of: $STAGES"
   [ "$NNODES" = 1 ] || [ "${1:-}" = forget ] || stop "FROM on several nodes: want FROM=$FROM bash run_all.sh forget once, then all without FROM"
   for name in $(echo "$STAGES" | sed "s/.*\b$FROM\b/$FROM/"); do rm -rf "${RUN:?}/$name" "$RUN/.done/$name"; done
 fi
-[ "${1:-all}" != forget ] || exit 0
-mkdir -p "$RUN/.done"
+[ "${1:-all}" != forget ] || exit 0; mkdir -p "$RUN/.done"
 [ -n "$TOY" ] || [ "$NODE_RANK" != 0 ] || check
 
 # ---- the stages
@@ -135,18 +125,16 @@ stage synth_sft "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_sft" --nu
 stage gen_cot "$PY" gen_cot.py --samples "$RUN/synth_sft/samples.jsonl" --out "$RUN/gen_cot" $COT ${COT_FLAGS:-}
 [ -z "${TEACHER_PID:-}" ] || { kill "$TEACHER_PID"; wait "$TEACHER_PID" || true; } # its GPUs are wanted now
 stage filter_cot "$PY" filter.py --stage cot --samples "$RUN/gen_cot/samples.jsonl" --out "$RUN/filter_cot"
-for name in sft cot_sft; do # the paper's SFT baseline, and CoT-SFT
-  target=cot; [ $name = cot_sft ] || target=direct
-  stage train_$name torchrun train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --target $target --output_dir "$RUN/train_$name" --seed "$SEED" $SFT ${SFT_FLAGS:-}
-done
+LEARN=(torchrun train_sft.py --model "$MODEL" --data "$RUN/filter_cot/samples.jsonl" --seed "$SEED" $SFT ${SFT_FLAGS:-})
+stage train_sft "${LEARN[@]}" --output_dir "$RUN/train_sft" --target direct # the paper's baseline
+stage train_cot_sft "${LEARN[@]}" --output_dir "$RUN/train_cot_sft"
 # stage 2 learns from composites that stage 1 has not seen, and which it solves now and then
 stage synth_grpo "$PY" synth_data.py --source "$DATA" --out "$RUN/synth_grpo" --num_samples "$N_GRPO" --seed $((SEED + 1000)) $SYNTH ${SYNTH_FLAGS:-}
 stage rollouts torchrun eval_kvg.py --bench "$RUN/synth_grpo/samples.jsonl" --model "$RUN/train_cot_sft/final" --out "$RUN/rollouts" --num_samples 4 --temperature $TEMPERATURE --max_completion_length $LENGTH --batch_size 256 --seed "$SEED" ${ROLLOUT_FLAGS:-}
 stage filter_grpo "$PY" filter.py --stage grpo --samples "$RUN/synth_grpo/samples.jsonl" --predictions "$RUN/rollouts/predictions.jsonl" --out "$RUN/filter_grpo" ${FILTER_FLAGS:-}
 stage train_grpo torchrun train_grpo.py --model "$RUN/train_cot_sft/final" --data "$RUN/filter_grpo/samples.jsonl" --output_dir "$RUN/train_grpo" --temperature $TEMPERATURE --max_completion_length $LENGTH --seed "$SEED" $GRPO ${GRPO_FLAGS:-}
-for name in base sft cot_sft grpo; do
-  model=$RUN/train_$name/final prompt=r1
-  case $name in base) model=$MODEL prompt=${BASE_PROMPT:-direct} ;; sft) prompt=direct ;; esac
-  stage eval_$name torchrun eval_kvg.py --bench "$BENCH" --model "$model" --out "$RUN/eval_$name" --prompt $prompt --seen $SEEN --max_completion_length $EVAL_LENGTH --seed "$SEED" ${EVAL_FLAGS:-}
-done
+ASK=(torchrun eval_kvg.py --bench "$BENCH" --seen $SEEN --max_completion_length $EVAL_LENGTH --seed "$SEED" ${EVAL_FLAGS:-})
+stage eval_base "${ASK[@]}" --out "$RUN/eval_base" --model "$MODEL" --prompt "${BASE_PROMPT:-direct}"
+stage eval_sft "${ASK[@]}" --out "$RUN/eval_sft" --model "$RUN/train_sft/final" --prompt direct
+for name in cot_sft grpo; do stage eval_$name "${ASK[@]}" --out "$RUN/eval_$name" --model "$RUN/train_$name/final"; done
 [ "$NODE_RANK" != 0 ] || [ -n "${DRY:-}" ] || "$PY" tools/report.py run "$RUN"
