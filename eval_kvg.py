@@ -174,7 +174,8 @@ def score(sample, answer, mode):
     row["image_id"] = sample["image_id"] or row["image"] or hashlib.md5(image).hexdigest()
     if options:
         choice = parse_choice(response, options, mode)
-        return row | {"options": options, "choice": choice, "correct": choice == sample["answer"]}
+        row |= {"options": options, "answer": sample["answer"], "choice": choice}
+        return row | {"correct": choice == sample["answer"] if sample["answer"] else None}
     box = parse_bbox(response, mode, tuple(answer.get("grid") or (1000, 1000)))
     row |= {"pred_bbox_1000": box, "gt_bbox_1000": truth, "correct": None}  # None: nothing to be right about
     if truth:
@@ -358,16 +359,15 @@ BOX = re.compile(r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # the only tokens that rows may hold
 BAD = (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 # how a family was taught to write boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
-BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, json_, pixels in (
-    ("qwen2_vl", False, False), ("qwen2_5_vl", True, True), ("qwen3_vl", True, False))}  # fmt: skip
+BOX_STYLES = {"qwen2_vl": (False, False), "qwen2_5_vl": (True, True), "qwen3_vl": (True, False)}
+BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, (json_, pixels) in BOX_STYLES.items()}
 
 def parse_row(r, folder, number):
-    """A row of any format as a sample: id, image (path or bytes), question, suffix (what its user turn adds to it),
-    answer (or ""), bbox_1000, completion (the assistant's turn), options, entity, ...; raises one of BAD."""
-    user, completion = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
+    """A row of any format as a sample; raises one of BAD. `suffix`: what the user's turn adds to the question."""
+    user, reply = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
     question = r.get("question") or r.get("problem") or r.get("phrase") and QUESTION.format(r["phrase"].strip()) or user
     question = question.replace("<image>", "").removesuffix(R1_SUFFIX)
-    answer = r.get("answer") or r.get("solution") or completion
+    answer = r.get("answer") or r.get("solution") or reply
     answer = answer.rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
     image = r["images"][0] if r.get("images") else r["image"]
     image = image.get("bytes") or image["path"] if isinstance(image, dict) else image
@@ -375,23 +375,20 @@ def parse_row(r, folder, number):
     name = r.get("entity") or (REF.findall(answer) + REF.findall(question) + [""])[0]
     box = [int(v) for found in BOX.findall(REF.sub("", answer))[:1] for v in found]
     if px := r.get("bbox_px"):
-        sides = load_image(image).size * 2
-        inside = [min(max(v, 0), n) for v, n in zip(px, sides, strict=True)]  # up to 1 px beyond it is rounding
-        box = [v * 1000 / n if abs(v - u) <= 1 else -1 for u, v, n in zip(px, inside, sides, strict=True)]
+        sides = zip(px, load_image(image).size * 2, strict=True)  # up to 1 px beyond them is rounding
+        box = [min(max(v, 0), n) * 1000 / n if -1 <= v <= n + 1 else -1 for v, n in sides]
         x1, y1, x2, y2 = map(round, box)
         answer = ANSWER.format(name, min(x1, 999), min(y1, 999), max(x2, x1 + 1), max(y2, y1 + 1))
     if not question or box and not (0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
-    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{completion}")):
+    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return {"id": str(r.get("question_id") or r.get("id", number)), "image": image, "question": question,
-            "suffix": R1_SUFFIX if user.endswith(R1_SUFFIX) else "", "answer": answer, "bbox_1000": box or None,
-            "completion": completion, "options": r.get("options"), "entity": name, "image_id": r.get("image_id"),
-            "category": str(r.get("category")).lower()}  # fmt: skip
+    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+                question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
+                entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
 def read_samples(paths, image_root=None):
-    """(samples, a line about each row that is none) of our JSONL, own JSONL (image; question or phrase; answer or
-    bbox_px), ShareGPT JSON (messages, images) and the released parquets."""
+    """(samples, a line about each row that is none) of JSONL, ShareGPT .json and the released .parquet files"""
     samples, bad = {}, []
     for path in map(Path, paths):
         if path.suffix == ".parquet":
@@ -416,15 +413,14 @@ def load_image(image):
 
 def load_processors(path, max_pixels):
     """(tokenizer, image processor, box style) of a model. Images by the PIL backend: torchvision makes other pixels."""
-    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    least = min(image_processor.size["shortest_edge"], max_pixels)
-    image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    return AutoTokenizer.from_pretrained(path), image_processor, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
+    p = AutoImageProcessor.from_pretrained(path, backend="pil")
+    p.size = {"shortest_edge": min(p.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return AutoTokenizer.from_pretrained(path), p, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
 
 def chat_inputs(processors, image, text):
-    """A user turn with one image, up to the assistant's first token; `grid`: (width, height) that boxes count in.
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3)."""
-    (tokenizer, p, style), text = processors, REF.sub(r"\1", text) if processors[2].json else text
+    """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
+    pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
+    (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
     if style.pixels and BOX.search(text):
         raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
@@ -433,23 +429,21 @@ def chat_inputs(processors, image, text):
     rows, columns = rows // p.merge_size, columns // p.merge_size
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns), 1)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
     # M-RoPE: an image's tokens count frame, row and column from where it starts; the text behind it goes on from there
-    start = ids.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    start = ids.index(tokenizer.convert_tokens_to_ids(pad))
     positions, end = torch.arange(len(ids)).repeat(3, 1), start + rows * columns
     positions[:, start:end] = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(columns)]).T
     positions[:, end:] += max(rows, columns) - rows * columns
     return {**vision, "prompt_ids": ids, "position_ids": positions, "grid": grid, "style": style}
 
 def init_dist():
-    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on a CPU."""
+    """(rank, world_size, device), under torchrun or alone; NCCL on CUDA, gloo on a CPU."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(k, v)) for k, v in names.items())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}  # needs no port
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and gave NaN gradients in bf16
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
@@ -458,7 +452,7 @@ def print0(message):
         print(message, flush=True)
 
 def leave():
-    """Ends the ranks. Now and then one of several aborted in the interpreter's own shutdown, all its work done."""
+    """Ends the ranks. One of several now and then aborted in the interpreter's shutdown, all its work done."""
     dist.destroy_process_group()
     if os.environ["WORLD_SIZE"] != "1":
         os._exit(0)
@@ -469,29 +463,27 @@ def load_model(path, dtype, device):
     return packable(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 def packable(model):
-    """The model with `packed_flash` for attention, and patches embedded by a matrix product: for a convolution whose
-    stride is its kernel cuDNN may take seconds, or in bf16 find no way at all."""
+    """The model with `packed_flash` for attention, and patches embedded by a matrix product."""
     AttentionInterface.register("packed_flash", packed_flash)
     model.config._attn_implementation = "packed_flash"  # set_attn_implementation would look for the flash-attn package
-    proj = model.model.visual.patch_embed.proj
+    proj = model.model.visual.patch_embed.proj  # a convolution whose stride is its kernel: cuDNN may take seconds
     proj.forward = MethodType(lambda self, x: F.linear(x.flatten(1), self.weight.flatten(1), self.bias), proj)
     return model
 
 def packed_flash(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What transformers calls. Decoder: the `attend` that the model was called with. Vision tower: within images or
-    windows, whose ends it passes for the sake of the "flash" in the name. Shapes: see `attend_sequences`."""
+    """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return attend_sequences(query, key, value, scaling, ends, longest, causal=False), None
+    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
 
 def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within each of the sequences that lie end to end; no padding, no masks. `ends`: int32, from 0 on.
+    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
     Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        sizes, window = (ends, ends, longest, longest), (-1, 0 if causal else -1)
-        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)[None]
+        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
     parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
     attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
@@ -503,12 +495,11 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last hidden states (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), `attend`, and of its
-    images pixel_values and image_grid_thw, or image_features if they are known."""
+    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
     first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
     images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "mm_encoder_outputs": images}
-    return model.model(**inputs, use_cache=False, attend=row.attend).last_hidden_state[0]
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
+    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:rollout (source)
@@ -516,25 +507,22 @@ STOP = ["<|im_end|>", "<|endoftext|>"]
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # stand for images
 
 class Rollout:
-    """G completions of each of B prompts, decoded together as R = B x G rows, those of a prompt side by side. Prompts
-    and images go through the model once, in one packed row; then one token of all rows at a time. On the device:
-    prompt_kv, per layer (2, B, KV, P, D), read by all rows of a prompt; prompt_bias (B, 1, 1, P), -inf behind its end;
-    own_kv, per layer (2, R, KV, W, D), W grows; logits (R, V) fp32 and position (R,) of the next token; done (R,);
-    step (1,), tokens so far; draws (R, C) in [0, 1). Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32;
-    slot (R,) says where in them a row writes, for finished ones are left behind."""
+    """G completions of each of B prompts, decoded as R = B x G rows, those of a prompt side by side. Prompts and images
+    go through the model once, in one packed row; then one token of all rows at a time. On the device: per layer
+    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
+    logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
+    Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
 
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]
         ends, P = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
         self.model, self.temperature, self.prompt_kv = model, temperature, []
-
         def attend(layer, query, key, value, scaling):  # within the prompts, whose keys and values are kept
-            kv = (x[0].transpose(0, 1).split(lengths) for x in (key, value))
-            kv = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True).transpose(1, 2) for x in kv]
-            self.prompt_kv.append(torch.stack(kv))
+            kv = torch.cat([key, value]).transpose(0, 2).split(lengths)
+            kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
+            self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
             return attend_sequences(query, key, value, scaling, ends, P)
-
         row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
         row = SimpleNamespace(**row, attend=attend)
         row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
@@ -544,23 +532,19 @@ class Rollout:
             p["image_features"] = features
         last = ends[1:].long() - 1
         self.logits = model.lm_head(hidden_states(model, row)[last]).float().repeat_interleave(G, 0)
-        self.own_kv = [kv.new_zeros(2, B * G, kv.shape[2], 0, kv.shape[4]) for kv in self.prompt_kv]
-        behind = torch.arange(P, device=device) >= ends.diff()[:, None]
-        self.prompt_bias = torch.zeros(behind.shape, device=device).masked_fill(behind, -torch.inf)[:, None, None]
+        self.own_kv = [kv[:, :, :, :0].repeat_interleave(G, 1) for kv in self.prompt_kv]
+        self.behind = torch.arange(P, device=device) >= ends.diff()[:, None]
         self.position = (row.position_ids[0, 0, last] + 1).repeat_interleave(G)
         self.slot, self.step = torch.arange(B * G, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        self.done = torch.zeros_like(self.slot, dtype=torch.bool)
-        rngs = [np.random.default_rng([*hashlib.sha256(s.encode()).digest()]) for group in seeds for s in group]
+        self.done = self.slot < 0
+        rngs = (np.random.default_rng([*hashlib.sha256(s.encode()).digest()]) for group in seeds for s in group)
         self.draws = torch.tensor(np.stack([rng.random(C, dtype=np.float32) for rng in rngs]), device=device)
         self.tokens, self.logps = torch.full((B * G, C), -1, device=device), torch.zeros(B * G, C, device=device)
-        ids = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (STOP, BANNED))
-        self.stop, self.banned = (torch.tensor(i, dtype=torch.long, device=device) for i in ids)
+        self.stop, self.banned = (torch.tensor(tokenizer.convert_tokens_to_ids(t)).to(device) for t in (STOP, BANNED))
 
     def advance(self):
-        """Takes the next token of every row, the inverse of its cumulative distribution at its draw (temperature 0: the
-        likeliest), and sends it through the model."""
-        logp = self.logits.index_fill(-1, self.banned, -torch.inf)
-        logp = (logp / (self.temperature or 1)).log_softmax(-1)
+        """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
+        logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
         cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
         token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         token = token if self.temperature else logp.argmax(-1)
@@ -568,7 +552,7 @@ class Rollout:
         self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
         self.done |= torch.isin(token, self.stop)
         future = torch.arange(self.own_kv[0].shape[3], device=token.device) > self.step
-        self.own_bias = torch.zeros(future.shape, device=token.device).masked_fill(future, -torch.inf)  # (W,)
+        self.unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)[:, None, None]
         inputs = {"inputs_embeds": self.model.get_input_embeddings()(token)[:, None], "use_cache": False}
         inputs["position_ids"] = self.position.expand(3, 1, -1).transpose(1, 2)
         hidden = self.model.model.language_model(**inputs, attend=self.attend).last_hidden_state
@@ -577,40 +561,37 @@ class Rollout:
         self.step += 1
 
     def attend(self, layer, query, key, value, scaling):
-        """Plain attention of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all
-        its rows; one softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
+        """Of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
+        softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
+        self.own_kv[layer].index_copy_(3, self.step, torch.stack([key, value]))
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt_kv[layer], self.own_kv[layer]
-        own_k.index_copy_(2, self.step, key)
-        own_v.index_copy_(2, self.step, value)
-        (B, KV, P, D), (R, _, W, _) = prompt_k.shape, own_k.shape
-        G, n = R // B, query.shape[1] // KV  # rows per prompt, query heads per key head
-        q, exact = (query * scaling).view(B, G, KV, n, D), {}
-        if query.is_cuda and query.dtype != torch.float32:
-            exact["out_dtype"] = torch.float32
-        to_prompt = torch.bmm(q.transpose(1, 2).reshape(B * KV, G * n, D), prompt_k.flatten(0, 1).mT, **exact)
-        to_own = torch.bmm(q.reshape(R * KV, n, D), own_k.flatten(0, 1).mT, **exact) + self.own_bias
-        to_own = to_own.view(B, G, KV, n, W).transpose(1, 2).reshape(B, KV, G * n, W)
-        weights = torch.cat([to_prompt.view(B, KV, G * n, P) + self.prompt_bias, to_own], -1).softmax(-1).to(q.dtype)
-        from_prompt = (weights[..., :P] @ prompt_v).view(B, KV, G, n, D).transpose(1, 2)
-        weights = weights[..., P:].view(B, KV, G, n, W).transpose(1, 2).reshape(R, KV, n, W)
-        return from_prompt.reshape(R, 1, -1, D) + (weights @ own_v).reshape(R, 1, -1, D)
+        (B, KV, P, D), R = prompt_k.shape, len(query)
+        exact = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
+        def scores(q, k):
+            return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **exact).unflatten(0, k.shape[:2])
+        def by_prompt(x):  # (R, KV, query heads per key head, any) -> (B, KV, those of all rows of the prompt, any)
+            return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+        def by_row(x):  # and back
+            return x.unflatten(2, (R // B, -1)).transpose(1, 2).flatten(0, 1)
+        q = (query * scaling).view(R, KV, -1, D)
+        weights = torch.cat([scores(by_prompt(q), prompt_k), by_prompt(scores(q, own_k))], -1)
+        weights = weights.masked_fill(self.unseen, -torch.inf).softmax(-1).to(q.dtype)
+        return (by_row(weights[..., :P] @ prompt_v) + by_row(weights[..., P:]) @ own_v).reshape(R, 1, -1, D)
 
     def drop_finished(self):
         """Leaves behind the groups that are done, and rows of the others down to what the fullest still needs."""
-        unfinished = ~self.done.view(len(self.prompt_bias), -1)  # (B, G)
+        unfinished = ~self.done.view(len(self.behind), -1)  # (B, G)
         groups, most = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
         if len(groups) * most > 0.9 * unfinished.numel():
             return
         first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :most]
         keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
-        for name in ("position", "logits", "done", "slot"):
-            setattr(self, name, getattr(self, name)[keep])
+        for name, kept in {"position": keep, "logits": keep, "done": keep, "slot": keep, "behind": groups}.items():
+            setattr(self, name, getattr(self, name)[kept])
         self.own_kv, self.prompt_kv = [x[:, keep] for x in self.own_kv], [x[:, groups] for x in self.prompt_kv]
-        self.prompt_bias = self.prompt_bias[groups]
 
     def decode(self, graphs):
-        """Until all rows stop. With `graphs` (CUDA) a step is a captured graph and rows stay where they are: reading
-        the weights is what a step costs there, and the host looks at `done` every 16 tokens alone."""
+        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, no row moves, `done` is read at times."""
         C, advance, stride = self.tokens.shape[1], self.advance, 256 if graphs else 32
         for t in range(C):
             if t % stride == 0:  # room for more tokens; the pass after it is also the warm-up that a capture needs
@@ -633,14 +614,12 @@ def capture(advance):
 
 @torch.no_grad()
 def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    """Per prompt of `chat_inputs` its completions [(ids, logps (C,) fp32, finished)], one per seed: each a function of
-    weights, prompt and seed alone. Leaves "image_features" in the prompts."""
+    """Per prompt [(ids, logps (C,) fp32, finished)], functions of weights, prompt, seed; gives it "image_features"."""
     r = Rollout(model.eval(), tokenizer, prompts, seeds, max_completion_length, temperature)
     r.decode(graphs=r.logits.is_cuda)
     ids = [[i for i in row if i >= 0] for row in r.tokens.tolist()]
-    finished, logps = torch.isin(r.tokens, r.stop).any(-1).tolist(), r.logps.cpu()
-    rows = ((i, lp[: len(i)], end) for i, lp, end in zip(ids, logps, finished, strict=True))
-    return [list(islice(rows, len(group))) for group in seeds]
+    rows = zip(ids, r.logps.cpu(), torch.isin(r.tokens, r.stop).any(-1).tolist(), strict=True)
+    return [[(i, logps[: len(i)], end) for i, logps, end in islice(rows, len(group))] for group in seeds]
 # <<< shared:rollout
 
 if __name__ == "__main__":

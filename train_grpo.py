@@ -6,14 +6,12 @@ writes  --output_dir  metrics.jsonl, samples.jsonl (whole rollouts), run.json, c
   1 GPU   python train_grpo.py --model runs/cot_sft/final --data runs/grpo/samples.jsonl --output_dir runs/train_grpo
   8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ...     (on a CPU too; the same command continues a stopped run)
 
-One step: 1 draw prompts (`draw_order`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
+One step: 1 draw prompts (`draw_steps`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
 4 advantages within the group (`group_advantages`)  5 clipped loss, + beta x k3 KL (`grpo_loss`, over the rows of
-`pack_groups`)  6 update. A prompt and its image go through the model once in the rollout and once in the loss, however
-many completions they have; groups without an advantage are not trained on. 1 rank and 8 learn the same.
-
-Defaults are the paper's (arXiv 2503.12797), but beta is 0, not 0.04, so that no reference model is needed. Unlike the
-released code both halves of the format reward can be paid, and a box counts only in the grammar of `parse_bbox`. The
-sampled ids are the trained ids, scored with the sampler's temperature and banned tokens.
+`pack_groups`)  6 update. A prompt and its image go through the model once in the rollout and once in the loss; groups
+without an advantage are not trained on. 1 rank and 8 learn the same.
+Defaults are the paper's (arXiv 2503.12797), but beta is 0, not 0.04. Unlike the released code both halves of the format
+reward can be paid, and a box counts only as `parse_bbox` has it. The trained ids are the sampled ids, scored alike.
 
 Shapes: B prompts, G completions of each, R = B x G rows of the rollout, P prompt tokens, C completion tokens,
 T tokens of a packed row, N completion tokens in it, V vocabulary, H query heads, KV key heads, D head width.
@@ -33,12 +31,12 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from types import MethodType, SimpleNamespace
@@ -60,14 +58,14 @@ def parse_args(argv=None):
     add = p.add_argument
     # fmt: off
     # model and data
-    add("--model", required=True, help="the stage-1 model, a Hugging Face folder or name")
-    add("--data", required=True, nargs="+", help="samples.jsonl, own JSONL, or .parquet with image, problem, solution")
-    add("--image_root", help="folder that the rows' images are relative to (default: that of the row's file)")
+    add("--model", required=True, help="of stage 1, a Hugging Face folder or name")
+    add("--data", required=True, nargs="+", help="JSONL, or .parquet with image, problem, solution")
+    add("--image_root", help="what the rows' images are relative to (default: the folder of the row's file)")
     add("--output_dir", required=True, help="run folder; an interrupted run is continued")
-    add("--prompt_suffix", default=R1_SUFFIX, help="what follows a question (default: the paper's think and answer)")
+    add("--prompt_suffix", default=R1_SUFFIX, help="behind a question (default: the paper's think and answer)")
     add("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
-    add("--max_prompt_length", type=int, default=4096, help="tokens; longer prompts are skipped and counted, never cut")
-    add("--max_bad_rows", type=int, default=0, help="rows without a sound box or a readable image to skip and list")
+    add("--max_prompt_length", type=int, default=4096, help="tokens; longer prompts are skipped, never cut")
+    add("--max_bad_rows", type=int, default=0, help="rows without a sound box or image to skip and list")
     # rollout
     add("--num_generations", type=int, default=4, help="G, completions per prompt (paper: 4)")
     add("--max_completion_length", type=int, default=512, help="tokens (paper: 512)")
@@ -77,7 +75,7 @@ def parse_args(argv=None):
     add("--reward_funcs", nargs="+", default=["iou", "format"], choices=[*REWARD_FUNCS], help="summed")
     add("--reward_weights", nargs="+", type=float, help="one per reward (default: 1)")
     add("--iou_threshold", type=float, default=0.8, help="iou pays IoU, binary pays 1, above it (released code: 0.8)")
-    add("--knowledge", help="mastery.json of filter.py, or KARL's own: how well each entity is known")
+    add("--knowledge", help="how well entities are known: mastery.json of filter.py, or KARL's own")
     add("--knowledge_form", choices=["advantage", "reward"], help="what it scales (default: advantage; KARL: reward)")
     # GRPO
     add("--scale_rewards", default="group", choices=["group", "none", "loo"], help="/ std, mean only, leave-one-out")
@@ -85,7 +83,7 @@ def parse_args(argv=None):
     add("--beta", type=float, default=0.0, help="weight of the KL; 0 loads no reference model (paper: 0.04)")
     add("--epsilon", type=float, default=0.2, help="ratio clip below 1, and above without --epsilon_high")
     add("--epsilon_high", type=float, help="ratio clip above 1 (DAPO: 0.28)")
-    add("--num_iterations", type=int, default=1, help="updates per rollout; above 1 old = the sampler's log-probs")
+    add("--num_iterations", type=int, default=1, help="updates per rollout; above 1 old = the sampler's")
     # optimisation
     add("--learning_rate", type=float, default=1e-6, help="peak (paper: 1e-6)")
     add("--lr_scheduler", default="linear", choices=["cosine", "linear", "constant"], help="(paper: linear)")
@@ -95,11 +93,11 @@ def parse_args(argv=None):
     add("--num_epochs", type=float, default=2.0, help="passes over the data (paper: 2)")
     add("--max_steps", type=int, help="stop after this many steps instead")
     add("--train_batch_size", type=int, default=16, help="prompts per step over all ranks (paper: 16)")
-    add("--freeze_vision", action="store_true", help="train neither vision tower nor merger (paper: trained)")
+    add("--freeze_vision", action="store_true", help="and the merger (paper: trained)")
     # engine
-    add("--tokens_per_row", type=int, default=8192, help="tokens of a forward pass: whole groups are packed up to it")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time in the training pass")
-    add("--deepspeed", help="DeepSpeed's own settings (default: ds_config.json beside the script, else built in)")
+    add("--tokens_per_row", type=int, default=8192, help="tokens of a pass: whole groups are packed up to it")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--deepspeed", help="its settings (default: ds_config.json beside the script, else built in)")
     add("--zero_stage", type=int, choices=[1, 2, 3], help="3 shards the weights too (default: that of --deepspeed)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA")
     # run
@@ -119,13 +117,13 @@ def parse_args(argv=None):
 
 # ---- 3. rewards: (completion, its prompt, args) -> float ----
 @dataclass
-class Completion:  # a group is the dict of its prompt (of `parse_row` and `chat_inputs`) with a list "completions"
+class Completion:  # a group is the dict of its prompt, from `parse_row` and `chat_inputs`, with a list "completions"
     ids: list  # of C tokens, with the stop token if it came
     logps: torch.Tensor  # (C,) fp32, under the sampler
     finished: bool  # the stop token came before the length ran out
     text: str = ""
-    bbox_1000: list | None = None  # the one box of its answer, [x1, y1, x2, y2] on the 0..1000 grid
-    iou: float = 0.0  # with the truth, prompt["bbox_1000"]; 0 without a box
+    bbox_1000: list | None = None  # the one box of its answer
+    iou: float = 0.0  # with the truth, prompt["bbox_1000"]
     rewards: dict = field(default_factory=dict)  # name -> float
     reward: float = 0.0  # their weighted sum
     advantage: float = 0.0
@@ -152,15 +150,11 @@ REWARD_FUNCS["binary"] = lambda c, prompt, args: float(c.iou > args.iou_threshol
 
 # KARL (v3 of the paper): what the model knows less of is pulled up more and punished less
 LEVELS = {  # level: mastery from, s+ (times a hit), s- (instead of a miss's 0)
-    "completely correct": (0.70, 0.65, -0.6),
-    "mostly correct": (0.45, 0.85, -0.5),
-    "partially correct": (0.30, 1.0, -0.4),
-    "mostly incorrect": (0.10, 1.2, -0.2),
-    "completely incorrect": (0.0, 1.4, 0.0),
-}
+    "completely correct": (0.7, 0.65, -0.6), "mostly correct": (0.45, 0.85, -0.5),
+    "partially correct": (0.3, 1.0, -0.4), "mostly incorrect": (0.1, 1.2, -0.2), "completely incorrect": (0, 1.4, 0.0)}
 
 def add_levels(samples, path):
-    """Sets the level of every sample from {entity: {"mastery": 0..1} or {"knowledge_category": level}}."""
+    """Sets their "level" from {entity: {"mastery": 0..1} or {"knowledge_category": level}}."""
     table = json.loads(Path(path).read_bytes())
     for s in samples:
         entry = table.get(s["entity"], {})
@@ -174,7 +168,7 @@ def knowledge_weight(advantage, level):
     _, s_plus, s_minus = LEVELS[level]
     return s_plus if advantage > 0 else s_minus / LEVELS["partially correct"][2] if advantage < 0 else 1.0
 
-# ---- 4. advantages ----
+# ---- 4. advantages, 5. loss ----
 def group_advantages(rewards, scale_rewards):
     """G floats -> G floats, all 0 where all rewards are equal. group: (r - mean) / (std + 1e-4) with the unbiased std,
     as released; none: r - mean (Dr. GRPO); loo: r - mean of the other G - 1 (RLOO)."""
@@ -184,57 +178,47 @@ def group_advantages(rewards, scale_rewards):
     scale = {"group": 1 / (r.std() + 1e-4), "none": 1.0, "loo": len(r) / (len(r) - 1)}[scale_rewards]
     return ((r - r.mean()) * scale).tolist()
 
-# ---- 5. loss ----
 def token_weight(length, num_sequences, num_tokens, args):
-    """Of one token in the loss of the step, whose totals on all ranks are given, groups without advantage included.
-    GRPO arXiv 2402.03300 eq. 3, DAPO 2503.14476 eq. 8, Dr. GRPO 2503.20783."""
+    """Of a token in the loss of the step, whose totals on all ranks are given, groups without advantage included. GRPO
+    arXiv 2402.03300 eq. 3, DAPO 2503.14476 eq. 8, Dr. GRPO 2503.20783."""
     constant = num_sequences * args.max_completion_length
     return 1 / {"grpo": length * num_sequences, "dapo": num_tokens, "dr_grpo": constant}[args.loss_type]
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, args):
-    """(share of N tokens in the loss of the step, sum of their KL, how many are clipped). All inputs (N,)."""
+    """(share of N tokens in the loss of the step, sum of their KL, how many are clipped); all inputs (N,)"""
     ratio = (logps - old_logps).exp()
-    clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
-    per_token = -torch.minimum(ratio * advantages, clipped * advantages)
-    kl = torch.zeros_like(logps)
+    free, clipped = ratio * advantages, ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high) * advantages
+    per_token, kl = -torch.minimum(free, clipped), torch.zeros_like(logps)
     if ref_logps is not None:
         log_ratio = (ref_logps - logps).clamp(-20, 20)
         kl = log_ratio.exp() - log_ratio - 1  # k3: unbiased, never negative
         per_token = per_token + args.beta * kl
-    low, high = ratio < 1 - args.epsilon, ratio > 1 + args.epsilon_high
-    was_clipped = (low & (advantages < 0)) | (high & (advantages > 0))
-    return (per_token * weights).sum(), kl.sum().item(), was_clipped.sum().item()
+    return (per_token * weights).sum(), kl.sum().item(), (clipped < free).sum().item()
 
 def row_loss(engine, reference, groups, num_sequences, num_tokens, args):
-    """(share of whole groups, packed into one row, in the loss of the step; sums over its tokens for the log)"""
-    row = pack_groups(groups, engine.device, args.freeze_vision)
-    completions = [c for g in groups for c in g["completions"]]
-    lengths = torch.tensor([len(c.ids) for c in completions])
-    advantages = torch.tensor([c.advantage for c in completions])
-    weights = torch.tensor([token_weight(n, num_sequences, num_tokens, args) for n in lengths.tolist()])
-    advantages, weights = (x.repeat_interleave(lengths).to(engine.device) for x in (advantages, weights))
-    sampled = torch.cat([c.logps for c in completions]).to(engine.device)
+    """(share of whole groups, packed into one row, in the loss of the step; sums over its tokens)"""
+    row, cs = pack_groups(groups, engine.device, args.freeze_vision), [c for g in groups for c in g["completions"]]
+    known = torch.tensor([(c.advantage, token_weight(len(c.ids), num_sequences, num_tokens, args)) for c in cs])
+    advantages, weights = known.repeat_interleave(torch.tensor([len(c.ids) for c in cs]), 0).T.to(engine.device)
+    sampled = torch.cat([c.logps for c in cs]).to(engine.device)
     logps = engine(row)
-    with torch.no_grad():
-        ref_logps = reference(row) if reference is not None else None
-    # with one update per rollout the old log-probs are these: the ratio is exactly 1
-    old_logps = sampled if args.num_iterations > 1 else logps.detach()
+    ref_logps = reference and reference(row)  # its weights take no gradient
+    old_logps = sampled if args.num_iterations > 1 else logps.detach()  # with one update: the ratio is exactly 1
     loss, kl, clipped = grpo_loss(logps, old_logps, ref_logps, advantages, weights, args)
     drift = (logps.detach() - sampled).abs().sum().item()
     return loss, np.array([loss.item(), kl, clipped, drift, len(logps), row.input_ids.numel()])
 
 # ---- 2. to 4. of a step, and what is said of it ----
-SHOWN = ["reward", "reward_std", "acc@0.5", "parse_rate", "frac_reward_zero_std", "completions/mean_length"]
-
 def rollout_and_score(engine, processors, prompts, step, args, times):
     """Gives the prompts of this rank their "completions", G of each, with rewards and advantages."""
-    tokenizer, size = processors[0], max(1, args.rollout_batch_size // args.num_generations)
-    with timed(times, "rollout"), whole_weights(engine):
-        for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-            seeds = [[f"{args.seed}:{step}:{p['id']}:{g}" for g in range(args.num_generations)] for p in batch]
-            model, limits = engine.module.model, (args.max_completion_length, args.temperature)
-            for p, rolled in zip(batch, rollout(model, tokenizer, batch, seeds, *limits), strict=True):
-                p["completions"] = [Completion(*c) for c in rolled]
+    tokenizer, G, size = processors[0], args.num_generations, max(1, args.rollout_batch_size // args.num_generations)
+    full = deepspeed.zero.unwrap_model_for_generation if hasattr(engine.optimizer, "parameter_offload") else nullcontext
+    with timed(times, "rollout"), full(engine):  # ZeRO-3: all weights, gathered, without the hooks that let go of them
+        for batch in [prompts[i : i + size] for i in range(0, len(prompts), size)]:
+            seeds = [[f"{args.seed}:{step}:{p['id']}:{g}" for g in range(G)] for p in batch]
+            rolled = rollout(engine.module.model, tokenizer, batch, seeds, args.max_completion_length, args.temperature)
+            for p, completions in zip(batch, rolled, strict=True):
+                p["completions"] = [Completion(*c) for c in completions]
     with timed(times, "reward"):
         for p in prompts:
             for c in p["completions"]:
@@ -252,7 +236,7 @@ def rollout_and_score(engine, processors, prompts, step, args, times):
 
 def step_metrics(groups, args, device):
     """(means over the completions of the step on all ranks, by TRL's names; how many they are, and their tokens)"""
-    cs = [c for g in groups for c in g["completions"]]
+    cs, G = [c for g in groups for c in g["completions"]], args.num_generations
     sums = {
         "reward": sum(c.reward for c in cs),
         **{f"rewards/{name}/mean": sum(c.rewards[name] for c in cs) for name in args.reward_funcs},
@@ -263,13 +247,12 @@ def step_metrics(groups, args, device):
         "entropy": -sum(c.logps.sum().item() for c in cs),
         "knowledge/weight_mean": sum(c.knowledge_weight for c in cs),
         "reward_std": sum(c.reward**2 for c in cs),
-        "frac_reward_zero_std": sum(len({c.reward for c in g["completions"]}) == 1 for g in groups),
+        "frac_reward_zero_std": G * sum(len({c.reward for c in g["completions"]}) == 1 for g in groups),
     }
-    n, num_groups, *totals = all_sum([len(cs), len(groups), *sums.values()], device)
+    n, *totals = all_sum([len(cs), *sums.values()], device)
     means = {name: total / n for name, total in zip(sums, totals, strict=True)}
     means["entropy"] /= means["completions/mean_length"]  # per token: the mean of -log p over tokens drawn from p
     means["reward_std"] = max(0.0, means["reward_std"] - means["reward"] ** 2) ** 0.5
-    means["frac_reward_zero_std"] *= n / num_groups
     return means, int(n), round(n * means["completions/mean_length"])
 
 def group_row(group, step):
@@ -288,8 +271,7 @@ def warn(history):
 def main():
     args = parse_args()
     rank, world_size, device = init_dist()
-    out, B, G = Path(args.output_dir), args.train_batch_size, args.num_generations
-    # what is learned from, the model, and where an earlier run stopped
+    out, B, G, updates = Path(args.output_dir), args.train_batch_size, args.num_generations, args.num_iterations
     if rank == 0:
         start_run(out, vars(args) | {"ranks": world_size, "torch": torch.__version__})
     if (out / "final").exists():  # to train on, remove it
@@ -297,22 +279,20 @@ def main():
     processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
     if args.knowledge:
         add_levels(rows[0], args.knowledge)
-
     def read(s):  # a sample with the inputs of its prompt
         if not s["bbox_1000"]:
             raise ValueError(f"answer {s['answer']!r}; want a box")
         return s | chat_inputs(processors, s["image"], s["question"] + args.prompt_suffix)
-
     samples, total, total_steps = usable(*rows, lambda s: len(read(s)["prompt_ids"]), args.max_prompt_length, args)
     model = load_model(args.model, args.dtype, device)
     model.config.prompt_suffix = args.prompt_suffix  # exported with the weights
     scorer = CompletionLogProbs(model, processors[0].convert_tokens_to_ids(BANNED), args.temperature)
     reference = copy.deepcopy(scorer).eval().requires_grad_(False) if args.beta > 0 else None
     engine = start_engine(scorer, args)
-    state, history = resume(engine, out, args), []
+    state, history, asked_to_stop = resume(engine, out, args), [], []
     print0(f"train_grpo: {total_steps} steps of {B} x {G}, {world_size} ranks on {device.type}, {model.dtype}")
-    asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
+    shown = ["reward", "reward_std", "acc@0.5", "parse_rate", "frac_reward_zero_std", "completions/mean_length"]
     # 1. prompts
     for step, prompts, times in draw_steps(samples, read, state["step"] + 1, total_steps, args):
         # 2. completions  3. rewards  4. advantages; those of the last step beyond `total` do not count
@@ -323,95 +303,69 @@ def main():
         taught = [g for g in groups if args.beta or any(c.advantage for c in g["completions"])]
         rows, sums = fill_rows(taught, args.tokens_per_row, device), np.zeros(6)
         engine.train()
-        for iteration in range(args.num_iterations):
+        for iteration in range(updates):
             for i, members in enumerate(rows):
                 with timed(times, "train"):  # a rank without a row left takes part with one that weighs nothing
                     loss, logged = row_loss(engine, reference, members or prompts[:1], num_sequences, step_tokens, args)
                     engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
                     engine.backward(loss * world_size * bool(members), scale_wrt_gas=False)  # it takes the ranks' mean
-                    logged[3] *= args.num_iterations * (iteration == 0)  # later the policy has moved away
-                    sums += logged * bool(members) / args.num_iterations
+                    logged[3] *= updates * (iteration == 0)  # later the policy has moved away
+                    sums += logged * bool(members) / updates
             # 6. the update
-            update, updates = (step - 1) * args.num_iterations + iteration, total_steps * args.num_iterations
-            set_learning_rate(engine, update, updates, args)
+            set_learning_rate(engine, (step - 1) * updates + iteration, total_steps * updates, args)
             with timed(times, "optimizer"):
                 engine.step()
         loss, kl, clipped, drift, tokens, stop = all_sum([*sums[:5], len(asked_to_stop)], device)
         state = {"step": step, "num_tokens": state["num_tokens"] + step_tokens}
-        means = {"kl": kl, "clip_ratio/region_mean": clipped, "sampling/logp_diff": drift}
-        metrics |= state | {"loss": loss} | {name: n / max(1, tokens) for name, n in means.items()}
+        metrics |= state | {"loss": loss, "kl": kl / max(1, tokens), "clip_ratio/region_mean": clipped / max(1, tokens)}
+        metrics["sampling/logp_diff"] = drift / max(1, tokens)
         metrics["decode_tokens_per_second"] = step_tokens / world_size / times["rollout"]
-        row_tokens, completions = sums[5] * args.num_iterations, [group_row(g, step) for g in groups[:2]]
-        log_step(engine, out, metrics, SHOWN, times, row_tokens, total_steps - step, args, completions)
+        completions = [group_row(g, step) for g in groups[:2]]
+        log_step(engine, out, metrics, shown, times, sums[5] * updates, total_steps - step, args, completions)
         warn(history := [*history, metrics])
         save_step(engine, processors, out, state, stop, total_steps - step, args)
     leave()
 
-# ======== plumbing of GRPO: the packed row, whole weights for the rollout ========
+# ======== plumbing: the packed row; then blocks whose same bytes stand in train_sft.py, eval_kvg.py or both ========
 def pack_groups(groups, device, reuse_features=False):
-    """Prompts, each followed by its completions, end to end in one row of T tokens; no padding. A token sees its prompt
-    and its own completion up to itself, and the positions of every completion go on where the prompt ends: as if it
-    stood alone behind its prompt, but prompt and image go through the model once."""
-    ids, positions, spans, at, targets, keys = [], [], [], [], [], []
+    """Prompts, each followed by its completions, in one row of T tokens without padding. A completion sees its prompt
+    and itself, and its positions go on where the prompt ends, as if it stood alone behind it."""
+    ids, positions, at, spans, seen = [], [], [], [], []  # spans: numbers of tokens; seen: for each, which tokens
     for g in groups:
-        prompt, completions = range(len(ids), len(ids) + len(g["prompt_ids"])), [c.ids for c in g["completions"]]
-        ids, after = ids + g["prompt_ids"], int(g["position_ids"][0, -1]) + 1
-        keys += prompt
-        positions.append(g["position_ids"])
-        for c in completions:
-            own = range(len(ids), len(ids) + len(c))
-            keys += [*prompt, *own]
-            positions.append(torch.arange(after, after + len(c)).expand(3, -1))
+        prompt, after = range(len(ids), len(ids) + len(g["prompt_ids"])), int(g["position_ids"][0, -1]) + 1
+        ids, positions, seen = ids + g["prompt_ids"], [*positions, g["position_ids"]], [*seen, prompt]
+        spans.append([len(prompt), *(len(c.ids) for c in g["completions"])])
+        for c in g["completions"]:
+            own = range(len(ids), len(ids) + len(c.ids))
             at += [prompt[-1], *own[:-1]]
-            targets += c
-            ids += c
-        spans.append([len(prompt), *map(len, completions)])
-    len_q, len_k = [n for span in spans for n in span], [n for P, *c in spans for n in (P, *(P + k for k in c))]
-    cu_q, cu_k = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (len_q, len_k))
-    varlen = torch.tensor(keys, device=device), cu_q, cu_k, max(len_q), max(len_k)  # the spans for a CUDA kernel
+            ids += c.ids
+            positions.append(torch.arange(after, after + len(own)).expand(3, -1))
+            seen.append([*prompt, *own])
+    sizes, keys = ([*chain(*spans)], [*map(len, seen)]), torch.tensor([*chain(*seen)], device=device)
+    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in sizes]
+    def attend(layer, query, key, value, scaling):  # as `attend_sequences`
+        if query.is_cuda and query.dtype != torch.float32:  # one call; its causal masks start in the lower right corner
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            options = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
+            return varlen_attn(q, k[keys], v[keys], *ends, *map(max, sizes), **options)[None]
+        sdpa, out = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), []
+        parts = zip(*(x.split(sizes[0], 2) for x in (query, key, value)), strict=True)  # of one concatenated gradient
+        for P, *lengths in spans:
+            q, prompt_k, prompt_v = next(parts)
+            out.append(sdpa(q, prompt_k, prompt_v, is_causal=True))
+            for n, (q, k, v) in zip(lengths, parts, strict=False):  # which ends before it takes a part too many
+                mask = torch.ones(n, P + n, dtype=torch.bool, device=q.device).tril(P)
+                out.append(sdpa(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), attn_mask=mask))
+        return torch.cat([o.transpose(1, 2) for o in out], 1)
     return SimpleNamespace(
         input_ids=torch.tensor([ids], device=device),  # (1, T)
         position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
         at=torch.tensor(at, device=device),  # (N,), the position before each completion token
-        targets=torch.tensor(targets, device=device),  # (N,), that token
-        pixel_values=torch.cat([g["pixel_values"] for g in groups]).to(device),
-        image_grid_thw=torch.cat([g["image_grid_thw"] for g in groups]).to(device),
+        targets=torch.tensor([i for g in groups for c in g["completions"] for i in c.ids], device=device),  # (N,)
+        **{k: torch.cat([g[k] for g in groups]).to(device) for k in ("pixel_values", "image_grid_thw")},
         image_features=[g["image_features"] for g in groups] if reuse_features else None,  # of a frozen vision tower
-        attend=lambda layer, *args: attend_groups(*args, spans, varlen),
+        attend=attend,
     )
-
-def attend_groups(query, key, value, scaling, spans, varlen):
-    """Attention within the `spans` (prompt tokens, then those of each completion) of a packed row.
-    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
-    if query.is_cuda and query.dtype != torch.float32:  # one call; its causal masks start in the lower right corner
-        (keys, *sizes), (q, k, v) = varlen, (x[0].transpose(0, 1) for x in (query, key, value))
-        return varlen_attn(q, k[keys], v[keys], *sizes, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
-    attend, out = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), []
-    sizes = [n for span in spans for n in span]
-    parts = zip(*(x.split(sizes, 2) for x in (query, key, value)), strict=True)  # whose gradient is one concatenation
-    for P, *lengths in spans:
-        q, prompt_k, prompt_v = next(parts)
-        out.append(attend(q, prompt_k, prompt_v, is_causal=True))
-        for n in lengths:
-            q, k, v = next(parts)
-            mask = torch.ones(n, P + n, dtype=torch.bool, device=q.device).tril(P)
-            out.append(attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), attn_mask=mask))
-    return torch.cat([o.transpose(1, 2) for o in out], 1)
-
-@contextmanager
-def whole_weights(engine):
-    """ZeRO-3, where a rank holds a slice of every weight: all are gathered once for a rollout, without the hooks that
-    would let go of them (as in TRL's unwrap_model_for_generation)."""
-    offload = getattr(engine.optimizer, "parameter_offload", None)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=offload is not None):
-        if offload:
-            offload._remove_module_hooks()
-        yield
-        if offload:
-            offload.forward_hooks, offload.backward_hooks = [], []
-            offload.setup_zero_stage3_hooks()
-
-# ======== plumbing: the same bytes stand in train_sft.py, eval_kvg.py or both ========
 
 # >>> shared:files (copy of synth_data.py)
 QUESTION = "Find and give the bounding box of <|object_ref_start|>{}<|object_ref_end|>"
@@ -501,16 +455,15 @@ BOX = re.compile(r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # the only tokens that rows may hold
 BAD = (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 # how a family was taught to write boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
-BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, json_, pixels in (
-    ("qwen2_vl", False, False), ("qwen2_5_vl", True, True), ("qwen3_vl", True, False))}  # fmt: skip
+BOX_STYLES = {"qwen2_vl": (False, False), "qwen2_5_vl": (True, True), "qwen3_vl": (True, False)}
+BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, (json_, pixels) in BOX_STYLES.items()}
 
 def parse_row(r, folder, number):
-    """A row of any format as a sample: id, image (path or bytes), question, suffix (what its user turn adds to it),
-    answer (or ""), bbox_1000, completion (the assistant's turn), options, entity, ...; raises one of BAD."""
-    user, completion = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
+    """A row of any format as a sample; raises one of BAD. `suffix`: what the user's turn adds to the question."""
+    user, reply = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
     question = r.get("question") or r.get("problem") or r.get("phrase") and QUESTION.format(r["phrase"].strip()) or user
     question = question.replace("<image>", "").removesuffix(R1_SUFFIX)
-    answer = r.get("answer") or r.get("solution") or completion
+    answer = r.get("answer") or r.get("solution") or reply
     answer = answer.rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
     image = r["images"][0] if r.get("images") else r["image"]
     image = image.get("bytes") or image["path"] if isinstance(image, dict) else image
@@ -518,23 +471,20 @@ def parse_row(r, folder, number):
     name = r.get("entity") or (REF.findall(answer) + REF.findall(question) + [""])[0]
     box = [int(v) for found in BOX.findall(REF.sub("", answer))[:1] for v in found]
     if px := r.get("bbox_px"):
-        sides = load_image(image).size * 2
-        inside = [min(max(v, 0), n) for v, n in zip(px, sides, strict=True)]  # up to 1 px beyond it is rounding
-        box = [v * 1000 / n if abs(v - u) <= 1 else -1 for u, v, n in zip(px, inside, sides, strict=True)]
+        sides = zip(px, load_image(image).size * 2, strict=True)  # up to 1 px beyond them is rounding
+        box = [min(max(v, 0), n) * 1000 / n if -1 <= v <= n + 1 else -1 for v, n in sides]
         x1, y1, x2, y2 = map(round, box)
         answer = ANSWER.format(name, min(x1, 999), min(y1, 999), max(x2, x1 + 1), max(y2, y1 + 1))
     if not question or box and not (0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
-    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{completion}")):
+    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return {"id": str(r.get("question_id") or r.get("id", number)), "image": image, "question": question,
-            "suffix": R1_SUFFIX if user.endswith(R1_SUFFIX) else "", "answer": answer, "bbox_1000": box or None,
-            "completion": completion, "options": r.get("options"), "entity": name, "image_id": r.get("image_id"),
-            "category": str(r.get("category")).lower()}  # fmt: skip
+    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+                question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
+                entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
 def read_samples(paths, image_root=None):
-    """(samples, a line about each row that is none) of our JSONL, own JSONL (image; question or phrase; answer or
-    bbox_px), ShareGPT JSON (messages, images) and the released parquets."""
+    """(samples, a line about each row that is none) of JSONL, ShareGPT .json and the released .parquet files"""
     samples, bad = {}, []
     for path in map(Path, paths):
         if path.suffix == ".parquet":
@@ -559,15 +509,14 @@ def load_image(image):
 
 def load_processors(path, max_pixels):
     """(tokenizer, image processor, box style) of a model. Images by the PIL backend: torchvision makes other pixels."""
-    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    least = min(image_processor.size["shortest_edge"], max_pixels)
-    image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    return AutoTokenizer.from_pretrained(path), image_processor, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
+    p = AutoImageProcessor.from_pretrained(path, backend="pil")
+    p.size = {"shortest_edge": min(p.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return AutoTokenizer.from_pretrained(path), p, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
 
 def chat_inputs(processors, image, text):
-    """A user turn with one image, up to the assistant's first token; `grid`: (width, height) that boxes count in.
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3)."""
-    (tokenizer, p, style), text = processors, REF.sub(r"\1", text) if processors[2].json else text
+    """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
+    pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
+    (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
     if style.pixels and BOX.search(text):
         raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
@@ -576,23 +525,21 @@ def chat_inputs(processors, image, text):
     rows, columns = rows // p.merge_size, columns // p.merge_size
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns), 1)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
     # M-RoPE: an image's tokens count frame, row and column from where it starts; the text behind it goes on from there
-    start = ids.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    start = ids.index(tokenizer.convert_tokens_to_ids(pad))
     positions, end = torch.arange(len(ids)).repeat(3, 1), start + rows * columns
     positions[:, start:end] = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(columns)]).T
     positions[:, end:] += max(rows, columns) - rows * columns
     return {**vision, "prompt_ids": ids, "position_ids": positions, "grid": grid, "style": style}
 
 def init_dist():
-    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on a CPU."""
+    """(rank, world_size, device), under torchrun or alone; NCCL on CUDA, gloo on a CPU."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(k, v)) for k, v in names.items())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}  # needs no port
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and gave NaN gradients in bf16
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
@@ -601,7 +548,7 @@ def print0(message):
         print(message, flush=True)
 
 def leave():
-    """Ends the ranks. Now and then one of several aborted in the interpreter's own shutdown, all its work done."""
+    """Ends the ranks. One of several now and then aborted in the interpreter's shutdown, all its work done."""
     dist.destroy_process_group()
     if os.environ["WORLD_SIZE"] != "1":
         os._exit(0)
@@ -612,29 +559,27 @@ def load_model(path, dtype, device):
     return packable(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 def packable(model):
-    """The model with `packed_flash` for attention, and patches embedded by a matrix product: for a convolution whose
-    stride is its kernel cuDNN may take seconds, or in bf16 find no way at all."""
+    """The model with `packed_flash` for attention, and patches embedded by a matrix product."""
     AttentionInterface.register("packed_flash", packed_flash)
     model.config._attn_implementation = "packed_flash"  # set_attn_implementation would look for the flash-attn package
-    proj = model.model.visual.patch_embed.proj
+    proj = model.model.visual.patch_embed.proj  # a convolution whose stride is its kernel: cuDNN may take seconds
     proj.forward = MethodType(lambda self, x: F.linear(x.flatten(1), self.weight.flatten(1), self.bias), proj)
     return model
 
 def packed_flash(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What transformers calls. Decoder: the `attend` that the model was called with. Vision tower: within images or
-    windows, whose ends it passes for the sake of the "flash" in the name. Shapes: see `attend_sequences`."""
+    """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return attend_sequences(query, key, value, scaling, ends, longest, causal=False), None
+    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
 
 def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within each of the sequences that lie end to end; no padding, no masks. `ends`: int32, from 0 on.
+    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
     Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        sizes, window = (ends, ends, longest, longest), (-1, 0 if causal else -1)
-        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)[None]
+        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
     parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
     attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
@@ -646,12 +591,11 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last hidden states (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), `attend`, and of its
-    images pixel_values and image_grid_thw, or image_features if they are known."""
+    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
     first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
     images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "mm_encoder_outputs": images}
-    return model.model(**inputs, use_cache=False, attend=row.attend).last_hidden_state[0]
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
+    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:rollout (copy of eval_kvg.py)
@@ -659,25 +603,22 @@ STOP = ["<|im_end|>", "<|endoftext|>"]
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # stand for images
 
 class Rollout:
-    """G completions of each of B prompts, decoded together as R = B x G rows, those of a prompt side by side. Prompts
-    and images go through the model once, in one packed row; then one token of all rows at a time. On the device:
-    prompt_kv, per layer (2, B, KV, P, D), read by all rows of a prompt; prompt_bias (B, 1, 1, P), -inf behind its end;
-    own_kv, per layer (2, R, KV, W, D), W grows; logits (R, V) fp32 and position (R,) of the next token; done (R,);
-    step (1,), tokens so far; draws (R, C) in [0, 1). Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32;
-    slot (R,) says where in them a row writes, for finished ones are left behind."""
+    """G completions of each of B prompts, decoded as R = B x G rows, those of a prompt side by side. Prompts and images
+    go through the model once, in one packed row; then one token of all rows at a time. On the device: per layer
+    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
+    logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
+    Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
 
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]
         ends, P = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
         self.model, self.temperature, self.prompt_kv = model, temperature, []
-
         def attend(layer, query, key, value, scaling):  # within the prompts, whose keys and values are kept
-            kv = (x[0].transpose(0, 1).split(lengths) for x in (key, value))
-            kv = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True).transpose(1, 2) for x in kv]
-            self.prompt_kv.append(torch.stack(kv))
+            kv = torch.cat([key, value]).transpose(0, 2).split(lengths)
+            kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
+            self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
             return attend_sequences(query, key, value, scaling, ends, P)
-
         row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
         row = SimpleNamespace(**row, attend=attend)
         row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
@@ -687,23 +628,19 @@ class Rollout:
             p["image_features"] = features
         last = ends[1:].long() - 1
         self.logits = model.lm_head(hidden_states(model, row)[last]).float().repeat_interleave(G, 0)
-        self.own_kv = [kv.new_zeros(2, B * G, kv.shape[2], 0, kv.shape[4]) for kv in self.prompt_kv]
-        behind = torch.arange(P, device=device) >= ends.diff()[:, None]
-        self.prompt_bias = torch.zeros(behind.shape, device=device).masked_fill(behind, -torch.inf)[:, None, None]
+        self.own_kv = [kv[:, :, :, :0].repeat_interleave(G, 1) for kv in self.prompt_kv]
+        self.behind = torch.arange(P, device=device) >= ends.diff()[:, None]
         self.position = (row.position_ids[0, 0, last] + 1).repeat_interleave(G)
         self.slot, self.step = torch.arange(B * G, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        self.done = torch.zeros_like(self.slot, dtype=torch.bool)
-        rngs = [np.random.default_rng([*hashlib.sha256(s.encode()).digest()]) for group in seeds for s in group]
+        self.done = self.slot < 0
+        rngs = (np.random.default_rng([*hashlib.sha256(s.encode()).digest()]) for group in seeds for s in group)
         self.draws = torch.tensor(np.stack([rng.random(C, dtype=np.float32) for rng in rngs]), device=device)
         self.tokens, self.logps = torch.full((B * G, C), -1, device=device), torch.zeros(B * G, C, device=device)
-        ids = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (STOP, BANNED))
-        self.stop, self.banned = (torch.tensor(i, dtype=torch.long, device=device) for i in ids)
+        self.stop, self.banned = (torch.tensor(tokenizer.convert_tokens_to_ids(t)).to(device) for t in (STOP, BANNED))
 
     def advance(self):
-        """Takes the next token of every row, the inverse of its cumulative distribution at its draw (temperature 0: the
-        likeliest), and sends it through the model."""
-        logp = self.logits.index_fill(-1, self.banned, -torch.inf)
-        logp = (logp / (self.temperature or 1)).log_softmax(-1)
+        """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
+        logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
         cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
         token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         token = token if self.temperature else logp.argmax(-1)
@@ -711,7 +648,7 @@ class Rollout:
         self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
         self.done |= torch.isin(token, self.stop)
         future = torch.arange(self.own_kv[0].shape[3], device=token.device) > self.step
-        self.own_bias = torch.zeros(future.shape, device=token.device).masked_fill(future, -torch.inf)  # (W,)
+        self.unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)[:, None, None]
         inputs = {"inputs_embeds": self.model.get_input_embeddings()(token)[:, None], "use_cache": False}
         inputs["position_ids"] = self.position.expand(3, 1, -1).transpose(1, 2)
         hidden = self.model.model.language_model(**inputs, attend=self.attend).last_hidden_state
@@ -720,40 +657,37 @@ class Rollout:
         self.step += 1
 
     def attend(self, layer, query, key, value, scaling):
-        """Plain attention of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all
-        its rows; one softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
+        """Of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
+        softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
+        self.own_kv[layer].index_copy_(3, self.step, torch.stack([key, value]))
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt_kv[layer], self.own_kv[layer]
-        own_k.index_copy_(2, self.step, key)
-        own_v.index_copy_(2, self.step, value)
-        (B, KV, P, D), (R, _, W, _) = prompt_k.shape, own_k.shape
-        G, n = R // B, query.shape[1] // KV  # rows per prompt, query heads per key head
-        q, exact = (query * scaling).view(B, G, KV, n, D), {}
-        if query.is_cuda and query.dtype != torch.float32:
-            exact["out_dtype"] = torch.float32
-        to_prompt = torch.bmm(q.transpose(1, 2).reshape(B * KV, G * n, D), prompt_k.flatten(0, 1).mT, **exact)
-        to_own = torch.bmm(q.reshape(R * KV, n, D), own_k.flatten(0, 1).mT, **exact) + self.own_bias
-        to_own = to_own.view(B, G, KV, n, W).transpose(1, 2).reshape(B, KV, G * n, W)
-        weights = torch.cat([to_prompt.view(B, KV, G * n, P) + self.prompt_bias, to_own], -1).softmax(-1).to(q.dtype)
-        from_prompt = (weights[..., :P] @ prompt_v).view(B, KV, G, n, D).transpose(1, 2)
-        weights = weights[..., P:].view(B, KV, G, n, W).transpose(1, 2).reshape(R, KV, n, W)
-        return from_prompt.reshape(R, 1, -1, D) + (weights @ own_v).reshape(R, 1, -1, D)
+        (B, KV, P, D), R = prompt_k.shape, len(query)
+        exact = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
+        def scores(q, k):
+            return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **exact).unflatten(0, k.shape[:2])
+        def by_prompt(x):  # (R, KV, query heads per key head, any) -> (B, KV, those of all rows of the prompt, any)
+            return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
+        def by_row(x):  # and back
+            return x.unflatten(2, (R // B, -1)).transpose(1, 2).flatten(0, 1)
+        q = (query * scaling).view(R, KV, -1, D)
+        weights = torch.cat([scores(by_prompt(q), prompt_k), by_prompt(scores(q, own_k))], -1)
+        weights = weights.masked_fill(self.unseen, -torch.inf).softmax(-1).to(q.dtype)
+        return (by_row(weights[..., :P] @ prompt_v) + by_row(weights[..., P:]) @ own_v).reshape(R, 1, -1, D)
 
     def drop_finished(self):
         """Leaves behind the groups that are done, and rows of the others down to what the fullest still needs."""
-        unfinished = ~self.done.view(len(self.prompt_bias), -1)  # (B, G)
+        unfinished = ~self.done.view(len(self.behind), -1)  # (B, G)
         groups, most = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
         if len(groups) * most > 0.9 * unfinished.numel():
             return
         first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :most]
         keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
-        for name in ("position", "logits", "done", "slot"):
-            setattr(self, name, getattr(self, name)[keep])
+        for name, kept in {"position": keep, "logits": keep, "done": keep, "slot": keep, "behind": groups}.items():
+            setattr(self, name, getattr(self, name)[kept])
         self.own_kv, self.prompt_kv = [x[:, keep] for x in self.own_kv], [x[:, groups] for x in self.prompt_kv]
-        self.prompt_bias = self.prompt_bias[groups]
 
     def decode(self, graphs):
-        """Until all rows stop. With `graphs` (CUDA) a step is a captured graph and rows stay where they are: reading
-        the weights is what a step costs there, and the host looks at `done` every 16 tokens alone."""
+        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, no row moves, `done` is read at times."""
         C, advance, stride = self.tokens.shape[1], self.advance, 256 if graphs else 32
         for t in range(C):
             if t % stride == 0:  # room for more tokens; the pass after it is also the warm-up that a capture needs
@@ -776,14 +710,12 @@ def capture(advance):
 
 @torch.no_grad()
 def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    """Per prompt of `chat_inputs` its completions [(ids, logps (C,) fp32, finished)], one per seed: each a function of
-    weights, prompt and seed alone. Leaves "image_features" in the prompts."""
+    """Per prompt [(ids, logps (C,) fp32, finished)], functions of weights, prompt, seed; gives it "image_features"."""
     r = Rollout(model.eval(), tokenizer, prompts, seeds, max_completion_length, temperature)
     r.decode(graphs=r.logits.is_cuda)
     ids = [[i for i in row if i >= 0] for row in r.tokens.tolist()]
-    finished, logps = torch.isin(r.tokens, r.stop).any(-1).tolist(), r.logps.cpu()
-    rows = ((i, lp[: len(i)], end) for i, lp, end in zip(ids, logps, finished, strict=True))
-    return [list(islice(rows, len(group))) for group in seeds]
+    rows = zip(ids, r.logps.cpu(), torch.isin(r.tokens, r.stop).any(-1).tolist(), strict=True)
+    return [[(i, logps[: len(i)], end) for i, logps, end in islice(rows, len(group))] for group in seeds]
 # <<< shared:rollout
 
 # >>> shared:engine (copy of train_sft.py)
@@ -792,46 +724,39 @@ DS_CONFIG = """{"zero_optimization": {"stage": 2, "overlap_comm": true, "contigu
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "4090": 165e12}  # bf16
 
 def usable(samples, bad, num_tokens, most_tokens, args):
-    """(samples to train on, how many of them the run takes, its steps). Left out are those of more than `most_tokens`,
-    and the bad ones, for which num_tokens(sample) raises one of BAD."""
-    found, B, world_size = [None], args.train_batch_size, dist.get_world_size()
-
+    """(samples of up to `most_tokens`, how many of them the run takes, its steps); for bad ones num_tokens raises"""
+    B, world_size = args.train_batch_size, dist.get_world_size()
     def look(sample):
         try:
             return num_tokens(sample)
         except BAD as e:
             return f"{sample['id']}: {type(e).__name__} {e}"
-
-    if dist.get_rank() == 0:
-        with ThreadPoolExecutor() as pool:
-            found = [list(pool.map(look, samples))]
+    with ThreadPoolExecutor() as pool:
+        found = [[*pool.map(look, samples)] if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     bad = bad + [line for line in found[0] if isinstance(line, str)]
-    kept = [s for s, n in zip(samples, found[0], strict=True) if isinstance(n, int) and n <= most_tokens]
+    kept = [s for s, n in zip(samples, found[0], strict=True) if not isinstance(n, str) and n <= most_tokens]
     print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, the others too long or bad", *bad]))
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
-        want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, and a multiple of {world_size} ranks"
+        want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
     total = args.max_steps * B if args.max_steps else max(1, int(args.num_epochs * len(kept)))
     return kept, total, math.ceil(total / B)  # the last step takes what is left
 
 def draw_steps(samples, read, first, total_steps, args):
-    """1. (step, inputs of this rank's samples, {"data": seconds waited for them}), from step `first` on: of an endless
-    stream of seeded shuffles, of which threads read(sample) for the next step while the model works on this one."""
+    """(step, this rank's inputs, {"data": seconds waited for them}) from step `first` on; threads read a step ahead."""
     rank, world_size, B = dist.get_rank(), dist.get_world_size(), args.train_batch_size
     epochs = range(math.ceil(total_steps * B / len(samples)))
     order = [s for e in epochs for s in random.Random(f"{args.seed}:{e}").sample(samples, len(samples))]
+    mine = [order[i + rank : i + B : world_size] for i in range(0, total_steps * B, B)] + [[]]  # by step
     with ThreadPoolExecutor(4) as pool:
-        def submit(i):
-            return [pool.submit(read, s) for s in order[: total_steps * B][i * B + rank : (i + 1) * B : world_size]]
-        ahead = submit(first - 1)
+        ahead = pool.map(read, mine[first - 1])
         for step in range(first, total_steps + 1):
-            began, now, ahead = time.perf_counter(), ahead, submit(step)
-            yield step, [future.result() for future in now], {"data": time.perf_counter() - began}
+            began, now, ahead = time.perf_counter(), ahead, pool.map(read, mine[step])
+            yield step, [*now], {"data": time.perf_counter() - began}
 
 class CompletionLogProbs(torch.nn.Module):
-    """Packed row in, fp32 log-probs (N,) of its completion tokens out: the sampler's, at its temperature and without
-    the `banned` ids. lm_head runs on these N positions alone, in chunks that the backward pass computes again."""
+    """Packed row in, fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
 
     def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
         super().__init__()
@@ -844,40 +769,36 @@ class CompletionLogProbs(torch.nn.Module):
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     def forward(self, row):
-        hidden = hidden_states(self.model, row)[row.at]
-        if len(hidden) <= self.size:
+        hidden = hidden_states(self.model, row)[row.at]  # lm_head runs on these N positions alone
+        if len(hidden) <= self.size:  # else in chunks that the backward pass computes again
             return self.score(hidden, row.targets)
         parts = zip(hidden.split(self.size), row.targets.split(self.size), strict=True)
-        return torch.cat([checkpoint(self.score, h, t, use_reentrant=False) for h, t in parts])
+        return torch.cat([checkpoint(self.score, *part, use_reentrant=False) for part in parts])
 
 def start_engine(scorer, args):
-    """DeepSpeed engine around a CompletionLogProbs. With bf16 weights gradients are bf16 too, summed over the rows of a
-    step and over the ranks; the optimizer's weights and moments are fp32."""
+    """DeepSpeed around a CompletionLogProbs. With bf16 weights gradients are bf16 too, the optimizer is fp32."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
-    scorer.model.model.visual.requires_grad_(not args.freeze_vision)
+    model, beside = scorer.model, Path(__file__).with_name("ds_config.json")
+    model.model.visual.requires_grad_(not args.freeze_vision)
     if args.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    beside = Path(__file__).with_name("ds_config.json")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = json.loads(Path(args.deepspeed or beside).read_text() if args.deepspeed or beside.exists() else DS_CONFIG)
-    config["zero_optimization"]["stage"] = args.zero_stage or config["zero_optimization"]["stage"]
-    config |= {"gradient_clipping": args.max_grad_norm, "bf16": {"enabled": scorer.model.dtype == torch.bfloat16}}
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # see `backward`
-    trained, fused = [p for p in scorer.parameters() if p.requires_grad], scorer.model.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
+    config["zero_optimization"] |= {"stage": args.zero_stage} if args.zero_stage else {}
+    config |= {"gradient_clipping": args.max_grad_norm, "bf16": {"enabled": model.dtype == torch.bfloat16}}
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # main() says where steps end
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], **options)
     dist.barrier()  # all ranks have loaded: DeepSpeed's own groups wait for 10 minutes alone
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
 
 def fill_rows(items, budget, device):
-    """Items, longest first, into rows of up to `budget` of their "num_tokens"; as many rows on every rank, empty ones
-    behind, since all ranks must take part in every reduction of gradients."""
+    """Items, longest first, in rows of up to `budget` "num_tokens". As many on every rank, for all reduce gradients."""
     rows = []
     for item in sorted(items, key=lambda x: -x["num_tokens"]):
-        row = next((r for r in rows if sum(x["num_tokens"] for x in [*r, item]) <= budget), None)
-        if row is None:
-            rows.append(row := [])
-        row.append(item)
-    most = torch.tensor(max(1, len(rows)), device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        fits = [row for row in rows if sum(x["num_tokens"] for x in [*row, item]) <= budget]
+        rows += [] if fits else [[]]
+        (fits or rows[-1:])[0].append(item)
+    dist.all_reduce(most := torch.tensor(max(1, len(rows)), device=device), op=dist.ReduceOp.MAX)
     return rows + [[]] * (int(most) - len(rows))
 
 def set_learning_rate(engine, update, updates, args):
@@ -889,31 +810,27 @@ def set_learning_rate(engine, update, updates, args):
 
 def all_sum(values, device):
     """Sums of numbers over all ranks."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total := torch.tensor(values, dtype=torch.float64, device=device))
     return total.tolist()
 
 @contextmanager
 def timed(seconds, phase):
-    """Adds the wall time of the block, in seconds, to seconds[phase]; waits for the device at both ends."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else int  # int() does nothing
-    wait()
+    """Adds the wall time of the block, in seconds, to seconds[phase]; waits for the device."""
     began = time.perf_counter()
     yield
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
 def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, completions=()):
-    """Adds to a step's metrics what it cost, appends them to metrics.jsonl and `completions` to samples.jsonl, prints
-    what is `shown`. InputError for a loss or gradient that is not finite. `row_tokens`: trained on this rank."""
+    """Adds to a step's metrics what it cost, appends them to metrics.jsonl, and prints those `shown`."""
     norm, seconds, cuda = engine.get_global_grad_norm(), sum(times.values()), engine.device.type == "cuda"
     if not math.isfinite(row["loss"]) or engine.optimizer.overflow:  # then DeepSpeed did not apply the step
-        raise InputError(f"step {row['step']}: loss {row['loss']}, gradient {norm}; want finite numbers, a lower "
-                         "--learning_rate; the same command goes on from the last checkpoint")  # fmt: skip
+        raise InputError(f"step {row['step']}: loss {row['loss']}, gradient {norm}; want a lower --learning_rate")
     row |= {"grad_norm": float(norm or 0.0), "learning_rate": engine.optimizer.param_groups[0]["lr"]}
-    row |= {"step_time": seconds, "train_tokens_per_second": row_tokens / times["train"]}
-    row |= {f"time/{phase}": s for phase, s in times.items()}
     row["mem_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+    row |= {f"time/{phase}": s for phase, s in times.items()} | {"step_time": seconds}
+    row["train_tokens_per_second"] = row_tokens / times["train"]  # of this rank
     if peak := next((v for card, v in PEAK_FLOPS.items() if cuda and card in torch.cuda.get_device_name()), None):
         row["mfu"] = 6 * sum(p.numel() for p in engine.parameters()) * row["train_tokens_per_second"] / peak
     if engine.global_rank == 0:
@@ -924,25 +841,22 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
             import_module("wandb").log(row, step=row["step"])
         shown = " | ".join(f"{key} {row[key]:.4g}" for key in ["loss", *shown, "grad_norm", "learning_rate", "mem_gib"])
         phases = ", ".join(f"{phase} {s:.1f}" for phase, s in times.items())
-        print(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {seconds:.1f} s ({phases}) | eta "
-              f"{steps_left * seconds / 60:.1f} min", flush=True)  # fmt: skip
+        end = f"{seconds:.1f} s ({phases}) | eta {steps_left * seconds / 60:.1f} min"
+        print(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {end}", flush=True)
 
 def save_step(engine, processors, out, state, stop, steps_left, args):
-    """A checkpoint every --save_steps, and on SIGTERM, as before a pre-emption, which ends the run; after the last step
-    final/, when checkpoints are of no more use to who did not ask for them. A folder is complete or absent."""
+    """A checkpoint every --save_steps and on SIGTERM, final/ after the last step. A folder is complete or absent."""
     if not (stop or not steps_left or args.save_steps and state["step"] % args.save_steps == 0):
         return
-    folder, rank0 = out / (f"checkpoint-{state['step']}" if steps_left else "final"), engine.global_rank == 0
+    folder, model = out / (f"checkpoint-{state['step']}" if steps_left else "final"), engine.module.model
     part, sharded = Path(f"{folder}.tmp"), engine.zero_optimization_stage() == 3
-    if rank0:
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # by the rank that is first
     dist.barrier()
     if steps_left:
         engine.save_checkpoint(str(part), tag="engine")
     weights = engine._zero3_consolidated_16bit_state_dict() if sharded else engine.module.state_dict()
-    if rank0:  # a Hugging Face folder, renamed last
-        weights = {name.removeprefix("model."): w for name, w in weights.items()}
-        engine.module.model.save_pretrained(part, state_dict=weights)
+    if engine.global_rank == 0:  # a Hugging Face folder, renamed last
+        model.save_pretrained(part, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
         for processor in processors[:2]:
             processor.save_pretrained(part)
         write(part / "state.json", to_json(state | {"ranks": dist.get_world_size()}))
@@ -960,22 +874,22 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint-*[0-9]"), key=lambda folder: int(folder.name.split("-")[1]))
 
 def resume(engine, out, args):
-    """state.json of the newest checkpoint, which is loaded, or that of step 0. The logs are cut back to it."""
+    """state.json of the newest checkpoint, which is loaded, or of step 0; cuts the logs back to it."""
     state, ranks = {"step": 0, "num_tokens": 0}, dist.get_world_size()
     for folder in checkpoints(out)[-1:]:
         state = json.loads((folder / "state.json").read_bytes())
         tag = engine._config.load_universal_checkpoint = state["ranks"] != ranks and "universal"
         if tag and not (folder / tag).exists():
             make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder"
-            want = f"as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
-            raise InputError(f"{folder}: saved by {state['ranks']} ranks; want {want}")
+            make = f"want as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
+            raise InputError(f"{folder}: saved by {state['ranks']} ranks; {make}")
         engine.load_checkpoint(str(folder), tag=tag or "engine")
         print0(f"goes on from {folder}")
     for log in out.glob("*s.jsonl") if engine.global_rank == 0 else ():  # metrics, samples
         write(log, *(to_json(row) for row in read_jsonl(log, unfinished=True) if row["step"] <= state["step"]))
     if args.wandb and engine.global_rank == 0:
-        name = hashlib.md5(str(out.resolve()).encode()).hexdigest()
-        import_module("wandb").init(project=args.wandb, name=out.name, id=name, resume="allow", config=vars(args))
+        key = hashlib.md5(bytes(out.resolve())).hexdigest()
+        import_module("wandb").init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
     return state
 # <<< shared:engine
 

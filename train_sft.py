@@ -7,14 +7,13 @@ writes  --output_dir  metrics.jsonl, run.json, checkpoint-N/ (resumable), final/
   1 GPU    python train_sft.py --model Qwen/Qwen2-VL-2B-Instruct --data cot.jsonl --output_dir runs/sft
   8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data ... --output_dir runs/sft
 
-One step: 1 draw sequences (`draw_order`, `encode`)  2 pack them into rows without padding (`pack_sequences`)
-3 the loss, the mean of -log p over all assistant tokens of the step on all ranks  4 update. The same command continues
-a stopped run; 1 rank and 8 learn the same.
+One step: 1 draw sequences (`draw_steps`, `encode`)  2 pack them into rows without padding (`pack_sequences`)  3 loss,
+the mean of -log p over all assistant tokens of the step on all ranks  4 update. The same command continues a stopped
+run; 1 rank and 8 learn the same.
 
-Defaults are the paper's (arXiv 2503.12797, LLaMA-Factory recipe): language model trained, vision tower and merger
-frozen, AdamW 5e-6, cosine with 10 % warm-up, 16 sequences a step, one epoch, 4096 tokens, bf16. Differences: an
-over-long row is skipped and counted, never cut; the loss weighs tokens equally, not ranks; lm_head runs where there is
-a label alone. Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocabulary.
+Defaults are the paper's (arXiv 2503.12797, LLaMA-Factory recipe). Differences: an over-long row is skipped and
+counted, never cut; the loss weighs tokens equally, not ranks; lm_head runs where there is a label alone.
+Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocabulary.
 """
 
 import argparse
@@ -96,8 +95,8 @@ def encode(processors, args, sample):
     if not completion:
         raise ValueError("nothing to learn from; want an assistant's message, or an answer for --target direct")
     inputs = chat_inputs(processors, sample["image"], sample["question"] + suffix_of(sample, args))
-    completion = model_text(completion, processors[2], inputs["grid"]) + "<|im_end|>"
-    ids = processors[0].encode(completion, add_special_tokens=False)
+    text = model_text(completion, processors[2], inputs["grid"]) + "<|im_end|>"
+    ids = processors[0].encode(text, add_special_tokens=False)
     return inputs | {"completion_ids": ids, "num_tokens": len(inputs["prompt_ids"]) + len(ids)}
 
 def suffix_of(sample, args):
@@ -106,7 +105,6 @@ def suffix_of(sample, args):
 
 def model_text(text, style, grid):
     """A completion as the family writes it: names without tokens, boxes on its `grid`, answers as JSON."""
-
     def written(match):
         name, *box = match.groups()
         x1, y1, x2, y2 = (round(int(v) * n / 1000) for v, n in zip(box, grid * 2, strict=True))
@@ -114,47 +112,43 @@ def model_text(text, style, grid):
         x2, y2, label = max(x2, x1 + 1), max(y2, y1 + 1), json.dumps(name, ensure_ascii=False)
         as_json = f'```json\n[\n\t{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": {label}}}\n]\n```'
         return as_json if name else f"({x1},{y1}),({x2},{y2})"
-
     named = re.compile(f"(?:{REF.pattern})?{BOX.pattern}", re.S | re.A)
     return REF.sub(r"\1", named.sub(written, text)) if style.json else text
 
 def pack_sequences(items, device):
     """Items of `encode` end to end in one row of T tokens, each a causal sequence of its own; no padding."""
-    starts, longest = [0, *accumulate(x["num_tokens"] for x in items)], max(x["num_tokens"] for x in items)
-    ends, positions, at = torch.tensor(starts, dtype=torch.int32, device=device), [], []
-    for x, start in zip(items, starts, strict=False):
-        P, C, after = len(x["prompt_ids"]), len(x["completion_ids"]), int(x["position_ids"][0, -1]) + 1
+    sizes, positions, at = [x["num_tokens"] for x in items], [], []
+    ends, longest = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
+    for x, end in zip(items, accumulate(sizes), strict=True):
+        C, after = len(x["completion_ids"]), int(x["position_ids"][0, -1]) + 1
         positions += [x["position_ids"], torch.arange(after, after + C).expand(3, -1)]
-        at += range(start + P - 1, start + P + C - 1)
+        at += range(end - C - 1, end - 1)
     return SimpleNamespace(
         input_ids=torch.tensor([[i for x in items for i in x["prompt_ids"] + x["completion_ids"]]], device=device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
         at=torch.tensor(at, device=device),  # (N,), the position before each supervised token
         targets=torch.tensor([i for x in items for i in x["completion_ids"]], device=device),  # (N,), that token
-        pixel_values=torch.cat([x["pixel_values"] for x in items]).to(device),
-        image_grid_thw=torch.cat([x["image_grid_thw"] for x in items]).to(device), image_features=None,
+        **{k: torch.cat([x[k] for x in items]).to(device) for k in ("pixel_values", "image_grid_thw")},
+        image_features=None,
         attend=lambda layer, *args: attend_sequences(*args, ends, longest),
-    )  # fmt: skip
+    )
 
 def main():
     args = parse_args()
     rank, world_size, device = init_dist()
     out, B = Path(args.output_dir), args.train_batch_size
-    # what is learned from, the model, and where an earlier run stopped
     if rank == 0:
         start_run(out, vars(args) | {"ranks": world_size, "torch": torch.__version__})
     if (out / "final").exists():  # to train on, remove it
         return print0(f"{out / 'final'} is there already")
-    processors = load_processors(args.model, args.max_pixels)
+    processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
     read = partial(encode, processors, args)
-    rows = read_samples(args.data, args.image_root)
     samples, total, total_steps = usable(*rows, lambda s: read(s)["num_tokens"], args.max_length, args)
     model = load_model(args.model, args.dtype, device)
     model.config.prompt_suffix = suffix_of(samples[0], args)  # exported with the weights
     engine = start_engine(CompletionLogProbs(model), args)
-    state = resume(engine, out, args)
+    state, asked_to_stop = resume(engine, out, args), []
     print0(f"train_sft: {total_steps} steps of {B}, {world_size} ranks on {device.type}, {model.dtype}")
-    asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     engine.train()
     # 1. sequences; those of the last step beyond `total` do not count
@@ -238,16 +232,15 @@ BOX = re.compile(r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # the only tokens that rows may hold
 BAD = (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 # how a family was taught to write boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
-BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, json_, pixels in (
-    ("qwen2_vl", False, False), ("qwen2_5_vl", True, True), ("qwen3_vl", True, False))}  # fmt: skip
+BOX_STYLES = {"qwen2_vl": (False, False), "qwen2_5_vl": (True, True), "qwen3_vl": (True, False)}
+BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, (json_, pixels) in BOX_STYLES.items()}
 
 def parse_row(r, folder, number):
-    """A row of any format as a sample: id, image (path or bytes), question, suffix (what its user turn adds to it),
-    answer (or ""), bbox_1000, completion (the assistant's turn), options, entity, ...; raises one of BAD."""
-    user, completion = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
+    """A row of any format as a sample; raises one of BAD. `suffix`: what the user's turn adds to the question."""
+    user, reply = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
     question = r.get("question") or r.get("problem") or r.get("phrase") and QUESTION.format(r["phrase"].strip()) or user
     question = question.replace("<image>", "").removesuffix(R1_SUFFIX)
-    answer = r.get("answer") or r.get("solution") or completion
+    answer = r.get("answer") or r.get("solution") or reply
     answer = answer.rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
     image = r["images"][0] if r.get("images") else r["image"]
     image = image.get("bytes") or image["path"] if isinstance(image, dict) else image
@@ -255,23 +248,20 @@ def parse_row(r, folder, number):
     name = r.get("entity") or (REF.findall(answer) + REF.findall(question) + [""])[0]
     box = [int(v) for found in BOX.findall(REF.sub("", answer))[:1] for v in found]
     if px := r.get("bbox_px"):
-        sides = load_image(image).size * 2
-        inside = [min(max(v, 0), n) for v, n in zip(px, sides, strict=True)]  # up to 1 px beyond it is rounding
-        box = [v * 1000 / n if abs(v - u) <= 1 else -1 for u, v, n in zip(px, inside, sides, strict=True)]
+        sides = zip(px, load_image(image).size * 2, strict=True)  # up to 1 px beyond them is rounding
+        box = [min(max(v, 0), n) * 1000 / n if -1 <= v <= n + 1 else -1 for v, n in sides]
         x1, y1, x2, y2 = map(round, box)
         answer = ANSWER.format(name, min(x1, 999), min(y1, 999), max(x2, x1 + 1), max(y2, y1 + 1))
     if not question or box and not (0 <= box[0] < box[2] <= 1000 and 0 <= box[1] < box[3] <= 1000):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
-    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{completion}")):
+    if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return {"id": str(r.get("question_id") or r.get("id", number)), "image": image, "question": question,
-            "suffix": R1_SUFFIX if user.endswith(R1_SUFFIX) else "", "answer": answer, "bbox_1000": box or None,
-            "completion": completion, "options": r.get("options"), "entity": name, "image_id": r.get("image_id"),
-            "category": str(r.get("category")).lower()}  # fmt: skip
+    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+                question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
+                entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
 def read_samples(paths, image_root=None):
-    """(samples, a line about each row that is none) of our JSONL, own JSONL (image; question or phrase; answer or
-    bbox_px), ShareGPT JSON (messages, images) and the released parquets."""
+    """(samples, a line about each row that is none) of JSONL, ShareGPT .json and the released .parquet files"""
     samples, bad = {}, []
     for path in map(Path, paths):
         if path.suffix == ".parquet":
@@ -296,15 +286,14 @@ def load_image(image):
 
 def load_processors(path, max_pixels):
     """(tokenizer, image processor, box style) of a model. Images by the PIL backend: torchvision makes other pixels."""
-    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    least = min(image_processor.size["shortest_edge"], max_pixels)
-    image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    return AutoTokenizer.from_pretrained(path), image_processor, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
+    p = AutoImageProcessor.from_pretrained(path, backend="pil")
+    p.size = {"shortest_edge": min(p.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+    return AutoTokenizer.from_pretrained(path), p, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
 
 def chat_inputs(processors, image, text):
-    """A user turn with one image, up to the assistant's first token; `grid`: (width, height) that boxes count in.
-    Shapes: prompt_ids list of P ints, position_ids (3, P), pixel_values (patches, values), image_grid_thw (1, 3)."""
-    (tokenizer, p, style), text = processors, REF.sub(r"\1", text) if processors[2].json else text
+    """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
+    pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
+    (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
     if style.pixels and BOX.search(text):
         raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
@@ -313,23 +302,21 @@ def chat_inputs(processors, image, text):
     rows, columns = rows // p.merge_size, columns // p.merge_size
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns), 1)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
     # M-RoPE: an image's tokens count frame, row and column from where it starts; the text behind it goes on from there
-    start = ids.index(tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    start = ids.index(tokenizer.convert_tokens_to_ids(pad))
     positions, end = torch.arange(len(ids)).repeat(3, 1), start + rows * columns
     positions[:, start:end] = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(columns)]).T
     positions[:, end:] += max(rows, columns) - rows * columns
     return {**vision, "prompt_ids": ids, "position_ids": positions, "grid": grid, "style": style}
 
 def init_dist():
-    """(rank, world_size, device) under torchrun, or (0, 1, device) alone; NCCL on CUDA, gloo on a CPU."""
+    """(rank, world_size, device), under torchrun or alone; NCCL on CUDA, gloo on a CPU."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(k, v)) for k, v in names.items())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}  # needs no port
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and gave NaN gradients in bf16
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
     return rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
@@ -338,7 +325,7 @@ def print0(message):
         print(message, flush=True)
 
 def leave():
-    """Ends the ranks. Now and then one of several aborted in the interpreter's own shutdown, all its work done."""
+    """Ends the ranks. One of several now and then aborted in the interpreter's shutdown, all its work done."""
     dist.destroy_process_group()
     if os.environ["WORLD_SIZE"] != "1":
         os._exit(0)
@@ -349,29 +336,27 @@ def load_model(path, dtype, device):
     return packable(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 def packable(model):
-    """The model with `packed_flash` for attention, and patches embedded by a matrix product: for a convolution whose
-    stride is its kernel cuDNN may take seconds, or in bf16 find no way at all."""
+    """The model with `packed_flash` for attention, and patches embedded by a matrix product."""
     AttentionInterface.register("packed_flash", packed_flash)
     model.config._attn_implementation = "packed_flash"  # set_attn_implementation would look for the flash-attn package
-    proj = model.model.visual.patch_embed.proj
+    proj = model.model.visual.patch_embed.proj  # a convolution whose stride is its kernel: cuDNN may take seconds
     proj.forward = MethodType(lambda self, x: F.linear(x.flatten(1), self.weight.flatten(1), self.bias), proj)
     return model
 
 def packed_flash(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What transformers calls. Decoder: the `attend` that the model was called with. Vision tower: within images or
-    windows, whose ends it passes for the sake of the "flash" in the name. Shapes: see `attend_sequences`."""
+    """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-    return attend_sequences(query, key, value, scaling, ends, longest, causal=False), None
+    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
 
 def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within each of the sequences that lie end to end; no padding, no masks. `ends`: int32, from 0 on.
+    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
     Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        sizes, window = (ends, ends, longest, longest), (-1, 0 if causal else -1)
-        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=window, enable_gqa=True)[None]
+        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
     parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
     attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
@@ -383,12 +368,11 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last hidden states (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), `attend`, and of its
-    images pixel_values and image_grid_thw, or image_features if they are known."""
+    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
     first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
     images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "mm_encoder_outputs": images}
-    return model.model(**inputs, use_cache=False, attend=row.attend).last_hidden_state[0]
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
+    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:engine (source)
@@ -397,46 +381,39 @@ DS_CONFIG = """{"zero_optimization": {"stage": 2, "overlap_comm": true, "contigu
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "4090": 165e12}  # bf16
 
 def usable(samples, bad, num_tokens, most_tokens, args):
-    """(samples to train on, how many of them the run takes, its steps). Left out are those of more than `most_tokens`,
-    and the bad ones, for which num_tokens(sample) raises one of BAD."""
-    found, B, world_size = [None], args.train_batch_size, dist.get_world_size()
-
+    """(samples of up to `most_tokens`, how many of them the run takes, its steps); for bad ones num_tokens raises"""
+    B, world_size = args.train_batch_size, dist.get_world_size()
     def look(sample):
         try:
             return num_tokens(sample)
         except BAD as e:
             return f"{sample['id']}: {type(e).__name__} {e}"
-
-    if dist.get_rank() == 0:
-        with ThreadPoolExecutor() as pool:
-            found = [list(pool.map(look, samples))]
+    with ThreadPoolExecutor() as pool:
+        found = [[*pool.map(look, samples)] if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     bad = bad + [line for line in found[0] if isinstance(line, str)]
-    kept = [s for s, n in zip(samples, found[0], strict=True) if isinstance(n, int) and n <= most_tokens]
+    kept = [s for s, n in zip(samples, found[0], strict=True) if not isinstance(n, str) and n <= most_tokens]
     print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, the others too long or bad", *bad]))
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
-        want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, and a multiple of {world_size} ranks"
+        want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
     total = args.max_steps * B if args.max_steps else max(1, int(args.num_epochs * len(kept)))
     return kept, total, math.ceil(total / B)  # the last step takes what is left
 
 def draw_steps(samples, read, first, total_steps, args):
-    """1. (step, inputs of this rank's samples, {"data": seconds waited for them}), from step `first` on: of an endless
-    stream of seeded shuffles, of which threads read(sample) for the next step while the model works on this one."""
+    """(step, this rank's inputs, {"data": seconds waited for them}) from step `first` on; threads read a step ahead."""
     rank, world_size, B = dist.get_rank(), dist.get_world_size(), args.train_batch_size
     epochs = range(math.ceil(total_steps * B / len(samples)))
     order = [s for e in epochs for s in random.Random(f"{args.seed}:{e}").sample(samples, len(samples))]
+    mine = [order[i + rank : i + B : world_size] for i in range(0, total_steps * B, B)] + [[]]  # by step
     with ThreadPoolExecutor(4) as pool:
-        def submit(i):
-            return [pool.submit(read, s) for s in order[: total_steps * B][i * B + rank : (i + 1) * B : world_size]]
-        ahead = submit(first - 1)
+        ahead = pool.map(read, mine[first - 1])
         for step in range(first, total_steps + 1):
-            began, now, ahead = time.perf_counter(), ahead, submit(step)
-            yield step, [future.result() for future in now], {"data": time.perf_counter() - began}
+            began, now, ahead = time.perf_counter(), ahead, pool.map(read, mine[step])
+            yield step, [*now], {"data": time.perf_counter() - began}
 
 class CompletionLogProbs(torch.nn.Module):
-    """Packed row in, fp32 log-probs (N,) of its completion tokens out: the sampler's, at its temperature and without
-    the `banned` ids. lm_head runs on these N positions alone, in chunks that the backward pass computes again."""
+    """Packed row in, fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
 
     def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
         super().__init__()
@@ -449,40 +426,36 @@ class CompletionLogProbs(torch.nn.Module):
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     def forward(self, row):
-        hidden = hidden_states(self.model, row)[row.at]
-        if len(hidden) <= self.size:
+        hidden = hidden_states(self.model, row)[row.at]  # lm_head runs on these N positions alone
+        if len(hidden) <= self.size:  # else in chunks that the backward pass computes again
             return self.score(hidden, row.targets)
         parts = zip(hidden.split(self.size), row.targets.split(self.size), strict=True)
-        return torch.cat([checkpoint(self.score, h, t, use_reentrant=False) for h, t in parts])
+        return torch.cat([checkpoint(self.score, *part, use_reentrant=False) for part in parts])
 
 def start_engine(scorer, args):
-    """DeepSpeed engine around a CompletionLogProbs. With bf16 weights gradients are bf16 too, summed over the rows of a
-    step and over the ranks; the optimizer's weights and moments are fp32."""
+    """DeepSpeed around a CompletionLogProbs. With bf16 weights gradients are bf16 too, the optimizer is fp32."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
-    scorer.model.model.visual.requires_grad_(not args.freeze_vision)
+    model, beside = scorer.model, Path(__file__).with_name("ds_config.json")
+    model.model.visual.requires_grad_(not args.freeze_vision)
     if args.gradient_checkpointing:
-        scorer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    beside = Path(__file__).with_name("ds_config.json")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = json.loads(Path(args.deepspeed or beside).read_text() if args.deepspeed or beside.exists() else DS_CONFIG)
-    config["zero_optimization"]["stage"] = args.zero_stage or config["zero_optimization"]["stage"]
-    config |= {"gradient_clipping": args.max_grad_norm, "bf16": {"enabled": scorer.model.dtype == torch.bfloat16}}
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # see `backward`
-    trained, fused = [p for p in scorer.parameters() if p.requires_grad], scorer.model.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=fused)
+    config["zero_optimization"] |= {"stage": args.zero_stage} if args.zero_stage else {}
+    config |= {"gradient_clipping": args.max_grad_norm, "bf16": {"enabled": model.dtype == torch.bfloat16}}
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # main() says where steps end
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], **options)
     dist.barrier()  # all ranks have loaded: DeepSpeed's own groups wait for 10 minutes alone
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
 
 def fill_rows(items, budget, device):
-    """Items, longest first, into rows of up to `budget` of their "num_tokens"; as many rows on every rank, empty ones
-    behind, since all ranks must take part in every reduction of gradients."""
+    """Items, longest first, in rows of up to `budget` "num_tokens". As many on every rank, for all reduce gradients."""
     rows = []
     for item in sorted(items, key=lambda x: -x["num_tokens"]):
-        row = next((r for r in rows if sum(x["num_tokens"] for x in [*r, item]) <= budget), None)
-        if row is None:
-            rows.append(row := [])
-        row.append(item)
-    most = torch.tensor(max(1, len(rows)), device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        fits = [row for row in rows if sum(x["num_tokens"] for x in [*row, item]) <= budget]
+        rows += [] if fits else [[]]
+        (fits or rows[-1:])[0].append(item)
+    dist.all_reduce(most := torch.tensor(max(1, len(rows)), device=device), op=dist.ReduceOp.MAX)
     return rows + [[]] * (int(most) - len(rows))
 
 def set_learning_rate(engine, update, updates, args):
@@ -494,31 +467,27 @@ def set_learning_rate(engine, update, updates, args):
 
 def all_sum(values, device):
     """Sums of numbers over all ranks."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total := torch.tensor(values, dtype=torch.float64, device=device))
     return total.tolist()
 
 @contextmanager
 def timed(seconds, phase):
-    """Adds the wall time of the block, in seconds, to seconds[phase]; waits for the device at both ends."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else int  # int() does nothing
-    wait()
+    """Adds the wall time of the block, in seconds, to seconds[phase]; waits for the device."""
     began = time.perf_counter()
     yield
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
 def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, completions=()):
-    """Adds to a step's metrics what it cost, appends them to metrics.jsonl and `completions` to samples.jsonl, prints
-    what is `shown`. InputError for a loss or gradient that is not finite. `row_tokens`: trained on this rank."""
+    """Adds to a step's metrics what it cost, appends them to metrics.jsonl, and prints those `shown`."""
     norm, seconds, cuda = engine.get_global_grad_norm(), sum(times.values()), engine.device.type == "cuda"
     if not math.isfinite(row["loss"]) or engine.optimizer.overflow:  # then DeepSpeed did not apply the step
-        raise InputError(f"step {row['step']}: loss {row['loss']}, gradient {norm}; want finite numbers, a lower "
-                         "--learning_rate; the same command goes on from the last checkpoint")  # fmt: skip
+        raise InputError(f"step {row['step']}: loss {row['loss']}, gradient {norm}; want a lower --learning_rate")
     row |= {"grad_norm": float(norm or 0.0), "learning_rate": engine.optimizer.param_groups[0]["lr"]}
-    row |= {"step_time": seconds, "train_tokens_per_second": row_tokens / times["train"]}
-    row |= {f"time/{phase}": s for phase, s in times.items()}
     row["mem_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+    row |= {f"time/{phase}": s for phase, s in times.items()} | {"step_time": seconds}
+    row["train_tokens_per_second"] = row_tokens / times["train"]  # of this rank
     if peak := next((v for card, v in PEAK_FLOPS.items() if cuda and card in torch.cuda.get_device_name()), None):
         row["mfu"] = 6 * sum(p.numel() for p in engine.parameters()) * row["train_tokens_per_second"] / peak
     if engine.global_rank == 0:
@@ -529,25 +498,22 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
             import_module("wandb").log(row, step=row["step"])
         shown = " | ".join(f"{key} {row[key]:.4g}" for key in ["loss", *shown, "grad_norm", "learning_rate", "mem_gib"])
         phases = ", ".join(f"{phase} {s:.1f}" for phase, s in times.items())
-        print(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {seconds:.1f} s ({phases}) | eta "
-              f"{steps_left * seconds / 60:.1f} min", flush=True)  # fmt: skip
+        end = f"{seconds:.1f} s ({phases}) | eta {steps_left * seconds / 60:.1f} min"
+        print(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {end}", flush=True)
 
 def save_step(engine, processors, out, state, stop, steps_left, args):
-    """A checkpoint every --save_steps, and on SIGTERM, as before a pre-emption, which ends the run; after the last step
-    final/, when checkpoints are of no more use to who did not ask for them. A folder is complete or absent."""
+    """A checkpoint every --save_steps and on SIGTERM, final/ after the last step. A folder is complete or absent."""
     if not (stop or not steps_left or args.save_steps and state["step"] % args.save_steps == 0):
         return
-    folder, rank0 = out / (f"checkpoint-{state['step']}" if steps_left else "final"), engine.global_rank == 0
+    folder, model = out / (f"checkpoint-{state['step']}" if steps_left else "final"), engine.module.model
     part, sharded = Path(f"{folder}.tmp"), engine.zero_optimization_stage() == 3
-    if rank0:
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # by the rank that is first
     dist.barrier()
     if steps_left:
         engine.save_checkpoint(str(part), tag="engine")
     weights = engine._zero3_consolidated_16bit_state_dict() if sharded else engine.module.state_dict()
-    if rank0:  # a Hugging Face folder, renamed last
-        weights = {name.removeprefix("model."): w for name, w in weights.items()}
-        engine.module.model.save_pretrained(part, state_dict=weights)
+    if engine.global_rank == 0:  # a Hugging Face folder, renamed last
+        model.save_pretrained(part, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
         for processor in processors[:2]:
             processor.save_pretrained(part)
         write(part / "state.json", to_json(state | {"ranks": dist.get_world_size()}))
@@ -565,22 +531,22 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint-*[0-9]"), key=lambda folder: int(folder.name.split("-")[1]))
 
 def resume(engine, out, args):
-    """state.json of the newest checkpoint, which is loaded, or that of step 0. The logs are cut back to it."""
+    """state.json of the newest checkpoint, which is loaded, or of step 0; cuts the logs back to it."""
     state, ranks = {"step": 0, "num_tokens": 0}, dist.get_world_size()
     for folder in checkpoints(out)[-1:]:
         state = json.loads((folder / "state.json").read_bytes())
         tag = engine._config.load_universal_checkpoint = state["ranks"] != ranks and "universal"
         if tag and not (folder / tag).exists():
             make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder"
-            want = f"as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
-            raise InputError(f"{folder}: saved by {state['ranks']} ranks; want {want}")
+            make = f"want as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
+            raise InputError(f"{folder}: saved by {state['ranks']} ranks; {make}")
         engine.load_checkpoint(str(folder), tag=tag or "engine")
         print0(f"goes on from {folder}")
     for log in out.glob("*s.jsonl") if engine.global_rank == 0 else ():  # metrics, samples
         write(log, *(to_json(row) for row in read_jsonl(log, unfinished=True) if row["step"] <= state["step"]))
     if args.wandb and engine.global_rank == 0:
-        name = hashlib.md5(str(out.resolve()).encode()).hexdigest()
-        import_module("wandb").init(project=args.wandb, name=out.name, id=name, resume="allow", config=vars(args))
+        key = hashlib.md5(bytes(out.resolve())).hexdigest()
+        import_module("wandb").init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
     return state
 # <<< shared:engine
 
