@@ -121,7 +121,8 @@ def read_answers(path):
     for file in [path / "predictions.jsonl", *path.glob("part-*.jsonl")] if path.is_dir() else [path]:
         for number, r in enumerate(read_jsonl(file, unfinished=path.is_dir()), 1):
             answer, given = {c: r[c] for c in columns if c in r}, answers.setdefault(str(r.get("question_id")), {})
-            if not isinstance(r.get("response"), str) or given.setdefault(r.get("sample", 0), answer) != answer:
+            first = given.setdefault(r.get("sample", 0), answer)  # a killed run may have asked twice
+            if not isinstance(r.get("response"), str) or first != answer and not path.is_dir():
                 raise InputError(f"{file}:{number}: {str(r)[:99]}; want a question_id and its one response")
     return {key: [given[g] for g in sorted(given)] for key, given in answers.items()}
 
@@ -170,7 +171,7 @@ def score(sample, answer, mode):
     """A line of predictions.jsonl. An answer without one valid box has pred_bbox_1000 None and IoU 0."""
     image, response, truth, options = (sample["image"], answer["response"], sample["bbox_1000"], sample["options"])
     row = {"question_id": sample["id"]} | {key: sample[key] for key in ("category", "entity", "question")} | answer
-    row["image"] = image if isinstance(image, str) else None
+    row["image"] = os.path.abspath(image) if isinstance(image, str) else None
     row["image_id"] = sample["image_id"] or row["image"] or hashlib.md5(image).hexdigest()
     if options:
         choice = parse_choice(response, options, mode)
@@ -241,21 +242,35 @@ def metrics_table(metrics):
             lines.append(f"| {name} | {m['n']} | {100 * m['acc']:.1f} | {ci95} | {box} | {100 * m['parse_rate']:.1f} |")
     return "\n".join(lines)
 
+def limit_bad_rows(bad, args):
+    if len(bad) > args.max_bad_rows:
+        raise InputError(f"{len(bad)} bad rows, {' | '.join(bad[:5])}; want at most --max_bad_rows")
+
 def main():
     args = parse_args()
     # 1. questions, and what may not change between two runs into one folder
-    (samples, bad), out = read_samples([args.bench], args.image_root), Path(args.out)
+    (samples, bad), out, asked = read_samples([args.bench], args.image_root), Path(args.out), {}
+    for s in samples:
+        s["bbox_1000"] = s["bbox_1000"] or parse_bbox(s["answer"], "direct")
+        if args.model and isinstance(s["image"], str) and not os.path.isfile(s["image"]):
+            bad.append(f"{args.bench} ({s['id']}): no image {s['image']}; want a path from its folder or --image_root")
+        elif s["answer"] and not (s["answer"] in s["options"] if s["options"] else s["bbox_1000"]):
+            bad.append(f"{args.bench} ({s['id']}): answer {s['answer']!r}; want a box, one of `options`, or none")
+        else:
+            asked[s["id"]] = s
+    limit_bad_rows(bad, args)
+    if not asked:
+        raise InputError(f"{args.bench}: no questions; want some")
     if os.environ.get("RANK", "0") == "0":
         files = [Path(args.bench), *sorted(Path(args.model or out / "none").glob("*.safetensors"))]
         settings = vars(args) | {"files": {str(f): [f.stat().st_size, f.stat().st_mtime] for f in files}}
         start_run(out, settings, settings.keys() - {"out", "batch_size", "seen", "image_root", "max_bad_rows"})
     # 2. answers: a model's, on all ranks, or a file's
-    answers = ask(samples, args) if args.model else read_answers(Path(args.predictions))
+    answers = ask([*asked.values()], args) if args.model else read_answers(Path(args.predictions))
     if answers is not None:  # rank 0 scores
-        asked = {s["id"]: s for s in samples}
-        bad += [f"{key!r} has no {'answer' if key in asked else 'question'}" for key in asked.keys() ^ answers.keys()]
-        if len(bad) > args.max_bad_rows:
-            raise InputError(f"{len(bad)} bad rows, {' | '.join(bad[:5])}; want at most --max_bad_rows")
+        bad += [f"{key!r}: no answer" for key in asked.keys() - answers.keys()]
+        bad += [f"{key!r}: no question" for key in answers.keys() - {s["id"] for s in samples}]
+        limit_bad_rows(bad, args)
         # 3. scores
         rows = [score(s, answer, args.prompt) for key, s in asked.items() for answer in answers.get(key, ())]
         metrics = bench_metrics(rows, [c.lower() for c in args.seen])
@@ -383,7 +398,8 @@ def parse_row(r, folder, number):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
     if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+    key = [r[name] for name in ("question_id", "id") if r.get(name) is not None] + [number]
+    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"),
                 question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
                 entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
@@ -394,14 +410,17 @@ def read_samples(paths, image_root=None):
         if path.suffix == ".parquet":
             rows = (r for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256) for r in batch.to_pylist())
         else:
-            rows = json.loads(path.read_bytes()) if path.suffix == ".json" else read_jsonl(path)
+            try:
+                rows = list(map(dict, json.loads(path.read_bytes()))) if path.suffix == ".json" else read_jsonl(path)
+            except (TypeError, json.JSONDecodeError) as e:
+                raise InputError(f"{path}: {e}; want a JSON list of objects") from None
         for number, row in enumerate(rows, 1):
             try:
                 sample = parse_row(row, image_root or path.parent, len(samples) + len(bad) + 1)
                 if samples.setdefault(sample["id"], sample) is not sample:
                     raise ValueError("its id occurs twice; want unique ids")
             except BAD as e:
-                bad.append(f"{path}:{number} ({row.get('id')}): {type(e).__name__} {e}")
+                bad.append(f"{path}:{number} ({row.get('question_id', row.get('id'))}): {type(e).__name__} {e}")
     return list(samples.values()), bad
 
 def load_image(image):
@@ -512,7 +531,6 @@ class Rollout:
     prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
     logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
     Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
-
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]

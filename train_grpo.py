@@ -9,10 +9,8 @@ writes  --output_dir  metrics.jsonl, samples.jsonl (whole rollouts), run.json, c
 One step: 1 draw prompts (`draw_steps`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
 4 advantages within the group (`group_advantages`)  5 clipped loss, + beta x k3 KL (`grpo_loss`, over the rows of
 `pack_groups`)  6 update. A prompt and its image go through the model once in the rollout and once in the loss; groups
-without an advantage are not trained on. 1 rank and 8 learn the same.
-Defaults are the paper's (arXiv 2503.12797), but beta is 0, not 0.04. Unlike the released code both halves of the format
-reward can be paid, and a box counts only as `parse_bbox` has it. The trained ids are the sampled ids, scored alike.
-
+without an advantage are not trained on. 1 rank and 8 learn the same. Defaults are the paper's (arXiv 2503.12797), but
+beta is 0, not 0.04; both halves of the format reward can be paid; a box counts only as `parse_bbox` has it.
 Shapes: B prompts, G completions of each, R = B x G rows of the rollout, P prompt tokens, C completion tokens,
 T tokens of a packed row, N completion tokens in it, V vocabulary, H query heads, KV key heads, D head width.
 """
@@ -317,8 +315,8 @@ def main():
                 engine.step()
         loss, kl, clipped, drift, tokens, stop = all_sum([*sums[:5], len(asked_to_stop)], device)
         state = {"step": step, "num_tokens": state["num_tokens"] + step_tokens}
-        metrics |= state | {"loss": loss, "kl": kl / max(1, tokens), "clip_ratio/region_mean": clipped / max(1, tokens)}
-        metrics["sampling/logp_diff"] = drift / max(1, tokens)
+        means = {"kl": kl, "clip_ratio/region_mean": clipped, "sampling/logp_diff": drift}
+        metrics |= state | {"loss": loss} | {name: value / max(1, tokens) for name, value in means.items()}
         metrics["decode_tokens_per_second"] = step_tokens / world_size / times["rollout"]
         completions = [group_row(g, step) for g in groups[:2]]
         log_step(engine, out, metrics, shown, times, sums[5] * updates, total_steps - step, args, completions)
@@ -479,7 +477,8 @@ def parse_row(r, folder, number):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
     if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+    key = [r[name] for name in ("question_id", "id") if r.get(name) is not None] + [number]
+    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"),
                 question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
                 entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
@@ -490,14 +489,17 @@ def read_samples(paths, image_root=None):
         if path.suffix == ".parquet":
             rows = (r for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256) for r in batch.to_pylist())
         else:
-            rows = json.loads(path.read_bytes()) if path.suffix == ".json" else read_jsonl(path)
+            try:
+                rows = list(map(dict, json.loads(path.read_bytes()))) if path.suffix == ".json" else read_jsonl(path)
+            except (TypeError, json.JSONDecodeError) as e:
+                raise InputError(f"{path}: {e}; want a JSON list of objects") from None
         for number, row in enumerate(rows, 1):
             try:
                 sample = parse_row(row, image_root or path.parent, len(samples) + len(bad) + 1)
                 if samples.setdefault(sample["id"], sample) is not sample:
                     raise ValueError("its id occurs twice; want unique ids")
             except BAD as e:
-                bad.append(f"{path}:{number} ({row.get('id')}): {type(e).__name__} {e}")
+                bad.append(f"{path}:{number} ({row.get('question_id', row.get('id'))}): {type(e).__name__} {e}")
     return list(samples.values()), bad
 
 def load_image(image):
@@ -608,7 +610,6 @@ class Rollout:
     prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
     logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
     Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
-
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]
@@ -757,7 +758,6 @@ def draw_steps(samples, read, first, total_steps, args):
 
 class CompletionLogProbs(torch.nn.Module):
     """Packed row in, fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
-
     def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
         super().__init__()
         self.model, self.temperature = model, temperature

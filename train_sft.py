@@ -256,7 +256,8 @@ def parse_row(r, folder, number):
         raise ValueError(f"question {question!r}, box {px or box}; want x1 < x2, y1 < y2, within the image or 0..1000")
     if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
-    return dict(id=str(r.get("question_id") or r.get("id", number)), image=image, image_id=r.get("image_id"),
+    key = [r[name] for name in ("question_id", "id") if r.get(name) is not None] + [number]
+    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"),
                 question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
                 entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
 
@@ -267,14 +268,17 @@ def read_samples(paths, image_root=None):
         if path.suffix == ".parquet":
             rows = (r for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256) for r in batch.to_pylist())
         else:
-            rows = json.loads(path.read_bytes()) if path.suffix == ".json" else read_jsonl(path)
+            try:
+                rows = list(map(dict, json.loads(path.read_bytes()))) if path.suffix == ".json" else read_jsonl(path)
+            except (TypeError, json.JSONDecodeError) as e:
+                raise InputError(f"{path}: {e}; want a JSON list of objects") from None
         for number, row in enumerate(rows, 1):
             try:
                 sample = parse_row(row, image_root or path.parent, len(samples) + len(bad) + 1)
                 if samples.setdefault(sample["id"], sample) is not sample:
                     raise ValueError("its id occurs twice; want unique ids")
             except BAD as e:
-                bad.append(f"{path}:{number} ({row.get('id')}): {type(e).__name__} {e}")
+                bad.append(f"{path}:{number} ({row.get('question_id', row.get('id'))}): {type(e).__name__} {e}")
     return list(samples.values()), bad
 
 def load_image(image):
@@ -414,7 +418,6 @@ def draw_steps(samples, read, first, total_steps, args):
 
 class CompletionLogProbs(torch.nn.Module):
     """Packed row in, fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
-
     def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
         super().__init__()
         self.model, self.temperature = model, temperature

@@ -1,4 +1,4 @@
-"""Makes official_cases.jsonl: 500 responses and what the released evaluator says of them, as data for test_scores.py.
+"""Makes official_cases.jsonl: 500 responses and what the released evaluator says of them, as data for test_eval_kvg.py.
 
 `python tests/official_cases.py --evaluator PATH`; PATH is deepperception/eval/evaluate.py of github.com/thunlp/KARL at
 commit 01b53d6^. Its file is run as it is; only what it imports from `datasets` (not used here), `tqdm` (not used) and
@@ -17,12 +17,10 @@ from types import ModuleType
 
 STORED = Path(__file__).with_name("official_cases.jsonl")
 
-
 def number(rng, value):
     """A coordinate as a model may write it."""
     kind = rng.random()
     return f"{value + rng.random():.{rng.randint(1, 3)}f}" if kind < 0.15 else f"{value}"
-
 
 def notation(rng, box):
     """One box in one of the notations, with or without spaces and line breaks."""
@@ -39,7 +37,6 @@ def notation(rng, box):
         f"({x1},{y1},),({x2},{y2})",
     ))  # fmt: skip
 
-
 ODD = (
     "(nan, 1) (2, 3)", "(inf,1) and (2,3)", "(1e2,1_0) (300, 400)", "(١,٢),(٣,٤)", "(,),(,)", "(,) (,)", "[, , , ]",
     "(a, b) c (d, e)", "(1,2", "[1, 2, 3", "()", "(2,3),(4,5),(6,7)", "(٠,٠),(٩٠٠,٩٠٠)", "(9" + "9" * 400 + ",1),(2,3)",
@@ -50,7 +47,6 @@ PROSE = (
     "In 1999 (see (a), (b)), it was built.", "So the answer is here: ", "No box.", "The left one, [sic], is it.",
     "(1) first, (2) second.", "(1, 2) marks the corner.", "Between 10 and 300, (10, 20), it stands.", "",
 )  # fmt: skip
-
 
 def response(rng, box):
     """An answer as models give it, right or wrong in one of many ways."""
@@ -86,7 +82,6 @@ def response(rng, box):
         return whole + rng.choice((answer, notation(rng, other), whole, rng.choice(ODD)))
     return whole
 
-
 def evaluator(path):
     """The released file as a module."""
     for name in ("datasets", "tqdm", "torchvision", "torchvision.ops", "torchvision.ops.boxes"):
@@ -97,7 +92,6 @@ def evaluator(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -117,7 +111,6 @@ def main():
         lines.append(json.dumps({"response": text, "gt_bbox_1000": gt, "official": official}) + "\n")
     Path(args.out).write_text("".join(lines), encoding="utf-8")
     print(f"official_cases: {len(lines)} cases -> {args.out}")
-
 
 if __name__ == "__main__":
     main()

@@ -1,250 +1,359 @@
-"""eval_kvg.py: scores against numbers worked out by hand, intervals, comparison, runs on the tiny model."""
+"""eval_kvg.py: what a run asks and writes, how it goes on, its scores to the digit and as the released evaluator's."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
-import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import TWO_RANKS, run_script
+from conftest import FAMILIES, ROOT, TWO_RANKS, build_tiny, run_script, start_script
+from PIL import Image
 
-import eval_kvg
+import eval_kvg as e
 
+BASE = ROOT / "tests/toy/base"  # writes boxes: right ones for descriptions, for names now and then
 SEEN = ("--seen", "disc", "square", "triangle", "diamond", "cross")
+BOX = "<|box_start|>({},{}),({},{})<|box_end|>"
 
-
-def box_answer(box):
-    return f"<think>I look.</think> <answer><|box_start|>({box[0]},{box[1]}),({box[2]},{box[3]})<|box_end|></answer>"
-
+def answered(box, name="it"):
+    return f"<think>I look.</think> <answer><|object_ref_start|>{name}<|object_ref_end|>{BOX.format(*box)}</answer>"
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 
+def run(*flags):
+    """main() in this process: (lines of predictions.jsonl, metrics, what it printed)."""
+    out, printed = Path(flags[flags.index("--out") + 1]), io.StringIO()
+    with mock.patch.object(sys, "argv", ["eval_kvg.py", *map(str, flags)]), mock.patch.dict(os.environ):
+        try:
+            with contextlib.redirect_stdout(printed):
+                e.main()
+        finally:
+            if e.dist.is_initialized():
+                e.dist.destroy_process_group()
+    return e.read_jsonl(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text()), printed.getvalue()
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@pytest.fixture
+def says(monkeypatch, tiny_dir):
+    """Runs main() with a model that answers say(what it is asked): run()'s three, and all that it was asked."""
+    def start(say, *flags, trained=None):
+        asked = []
+        def rollout(model, tokenizer, prompts, seeds, *limits):
+            turns = [tokenizer.decode(p["prompt_ids"]).split("<|vision_end|>")[1] for p in prompts]
+            asked.extend(texts := [turn.split("<|im_end|>")[0] for turn in turns])
+            return [[(tokenizer.encode(say(text)), None, True)] * len(seeds[0]) for text in texts]
+        monkeypatch.setattr(e, "load_model", lambda *_: SimpleNamespace(config=SimpleNamespace(prompt_suffix=trained)))
+        monkeypatch.setattr(e, "rollout", rollout)
+        return *run("--model", tiny_dir, *flags), asked
+    return start
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(world_dir):
+    """28 questions on 14 pictures of 7 categories, as KVG-Bench has them."""
     return world_dir / "kvg-bench.parquet"
 
+@pytest.fixture(scope="module")
+def few(bench, tmp_path_factory):
+    pq.write_table(pq.read_table(bench).slice(0, 6), path := tmp_path_factory.mktemp("few") / "six.parquet")
+    return path
 
-@pytest.fixture(scope="session")
-def samples(bench):
-    return eval_kvg.read_bench(bench)
+@pytest.fixture(scope="module")
+def greedy(bench, tmp_path_factory):
+    """(folder, flags) of a finished run in batches of 64."""
+    out = tmp_path_factory.mktemp("greedy")
+    flags = ("--bench", bench, "--model", BASE, "--prompt", "direct", "--max_completion_length", 32, *SEEN)
+    run(*flags, "--out", out, "--batch_size", 64)
+    return out, flags
 
+# ---- asking, with a model ----
+def test_answers_stand_in_the_order_of_the_bench_and_do_not_depend_on_the_batch(greedy, bench, few, tmp_path):
+    rows, metrics = e.read_jsonl(greedy[0] / "predictions.jsonl"), json.loads((greedy[0] / "metrics.json").read_text())
+    assert run(*greedy[1], "--bench", few, "--out", tmp_path, "--batch_size", 1)[0] == rows[:6]
+    assert [r["question_id"] for r in rows] == pq.read_table(bench)["question_id"].to_pylist()
+    assert len({r["response"] for r in rows}) > 20 and 1 < sum(r["correct"] for r in rows) < 27
+    assert all(r["image"] is None and r["sample"] == 0 and r["grid"] == [1000, 1000] for r in rows)
+    tokens, cut = sum(r["num_tokens"] for r in rows), sum(not r["finished"] for r in rows)
+    assert (metrics["completions/num_tokens"], metrics["completions/num_clipped"]) == (tokens, cut)
+    assert (metrics["completions/mean_length"], metrics["completions/clipped_ratio"]) == (tokens / 28, cut / 28)
+    assert metrics["all"]["parse_rate"] == 1 and metrics["args"]["batch_size"] == 64 and len(metrics["categories"]) == 7
+    assert len({r["image_id"] for r in rows}) == 14
 
-@pytest.fixture(scope="session")
-def scored(bench, samples, tmp_path_factory):
-    """Answers made elsewhere: case 0 exact, case 1 half as wide (IoU 0.5 or less), case 2 hostile, the rest no box."""
-    out = tmp_path_factory.mktemp("scored")
-    texts = ["no idea"] * len(samples)
-    x1, y1, x2, y2 = samples[1]["bbox_1000"]
-    texts[0], texts[1] = box_answer(samples[0]["bbox_1000"]), box_answer((x1, y1, (x1 + x2) // 2 - 1, y2))
-    texts[2] = "<think></script><script>alert('x')</script><img src=x onerror=alert(1)>"
-    write_rows(
-        out / "answers.jsonl",
-        [{"question_id": s["id"], "response": t} for s, t in zip(samples, texts, strict=True)][::-1],
-    )
-    done = run_script(
-        "eval_kvg.py", "--bench", bench, "--predictions", out / "answers.jsonl", "--out", out / "run", *SEEN
-    )
-    return out / "run", done
+def test_a_run_killed_in_the_middle_of_a_line_goes_on_with_two_ranks_to_the_same_bytes(greedy, tmp_path):
+    out, part, flags = tmp_path / "out", tmp_path / "out/part-0.jsonl", (*greedy[1], "--out", tmp_path / "out")
+    (process,) = start_script("eval_kvg.py", *flags, "--batch_size", 1, log=tmp_path / "log")
+    while process.is_alive() and not (part.exists() and part.stat().st_size):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    done = part.read_text(encoding="utf-8").count("\n")
+    assert 0 < done < 28
+    with open(part, "a", encoding="utf-8") as f:
+        f.write('{"question_id": "disc/0')
+    resumed = run_script("eval_kvg.py", *flags, "--batch_size", 2, launcher=TWO_RANKS)
+    assert f"{done} answered before, 2 ranks" in resumed.stdout
+    assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
+    got, want = (json.loads((folder / "metrics.json").read_text()) for folder in (out, greedy[0]))
+    assert got | {"args": 0} == want | {"args": 0} and not [*out.glob("part-*")]
 
+def test_samples_follow_from_seed_question_and_number_alone(few, tmp_path):
+    """So they are the same in other batches and beside other questions."""
+    pq.write_table(pq.read_table(few).slice(2, 2), tmp_path / "two.parquet")
+    ask = ("--model", BASE, "--num_samples", 3, "--temperature", 1, "--prompt", "direct", "--max_completion_length", 32)
+    rows, metrics, _ = run("--bench", few, *ask, "--out", tmp_path / "a")
+    assert run("--bench", few, *ask, "--out", tmp_path / "b", "--batch_size", 2)[0] == rows
+    assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "c")[0] == rows[6:12]
+    assert [r["sample"] for r in rows] == [0, 1, 2] * 6 and metrics["all"]["n"] == 18
+    assert any(len({r["response"] for r in rows[i : i + 3]}) == 3 for i in range(0, 18, 3))
+    other = run("--bench", few, *ask, "--out", tmp_path / "d", "--seed", 1)[0]
+    assert sum(a["response"] != b["response"] for a, b in zip(rows, other, strict=True)) > 6
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_answers_alike_in_any_batch_on_the_grid_that_it_counts_in(family, few, tmp_path):
+    model, *rest = build_tiny(family)
+    for name, weight in model.named_parameters():  # else tied random embeddings say one token, whatever the prompt
+        weight.data *= 5 if any(part in name for part in ("proj", "fc", "merger")) else 1
+    for part in (model, *rest):
+        part.save_pretrained(tmp_path / "model")
+    flags = ("--bench", few, "--model", tmp_path / "model", "--max_completion_length", 12)
+    one, many = (run(*flags, "--out", tmp_path / str(n), "--batch_size", n)[0] for n in (1, 64))
+    grid = [168, 112] if family == "qwen2_5_vl" else [1000, 1000]
+    assert one == many and len({r["response"] for r in one}) > 2 and all(r["grid"] == grid for r in one)
+
+# ---- a second run into a folder ----
+def test_a_finished_run_is_scored_again_without_asking(greedy, tmp_path, monkeypatch):
+    monkeypatch.setattr(e, "load_model", None)
+    out = shutil.copytree(greedy[0], tmp_path / "out")
+    old = json.loads((out / "metrics.json").read_text())
+    flags = (*greedy[1][: -len(SEEN)], "--out", out, "--batch_size", 3, "--max_bad_rows", 9)
+    _, metrics, printed = run(*flags, "--seen", "Star", "bowl")
+    assert "28 answered before" in printed and metrics["seen"] == old["unseen"] and metrics["unseen"] == old["seen"]
+    assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
+    metrics = run(*flags, "--seen", *metrics["categories"])[1]
+    assert metrics["unseen"] is None and "| unseen" not in (out / "table.md").read_text()
+
+@pytest.mark.parametrize("change", ["--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere",
+                                    "--max_pixels 9999", "--prompt_suffix ?"])  # fmt: skip
+def test_a_run_that_would_mix_answers_is_refused(greedy, change, tmp_path):
+    out = shutil.copytree(greedy[0], tmp_path / "out")
+    with pytest.raises(e.InputError, match=rf"run.json: .*'{change.split()[0][2:]}': .*; want the same settings"):
+        run(*greedy[1], "--out", out, *change.split())
+
+def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir, tmp_path):
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    flags = ("--bench", few, "--out", tmp_path / "out", "--model", model)
+    assert [len(says(lambda text: "no", *flags)[3]) for _ in range(2)] == [6, 0]
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(e.InputError, match="'files': .*model.safetensors"):
+        says(lambda text: "no", *flags)
+
+# ---- questions ----
+def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, few, tmp_path):
+    row = pq.read_table(few).to_pylist()[0]
+    options = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "answer": "Mi"}
+    (tmp_path / "a.png").write_bytes(row["image"]["bytes"])
+    path = write_rows(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
+    for prompt, *more in (("r1", e.R1_SUFFIX, e.R1_SUFFIX.replace("(bounding box)", "(letter)")), ("direct", "", ""),
+                          ("cot", ". Let's think step by step", ""),
+                          ("json", ", output its bbox coordinates using JSON format.", "")):  # fmt: skip
+        flags = ("--bench", path, "--out", tmp_path / prompt, "--prompt", prompt)
+        _, _, printed, asked = says(lambda text: "no", *flags, trained=more[0])
+        assert asked == [row["question"] + more[0], options["question"] + more[1]] and "note:" not in printed
+    flags = ("--bench", path, "--out", tmp_path / "own", "--prompt", "direct", "--prompt_suffix", " Why?")
+    _, _, printed, asked = says(lambda text: "no", *flags, trained=e.R1_SUFFIX)
+    assert asked == [row["question"] + " Why?", options["question"] + " Why?"]
+    assert all(words in printed for words in ("note: ", repr(e.R1_SUFFIX), "' Why?'"))
+
+def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_path):
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    base = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "category": "Car"}
+    rows = [base | {"answer": "Mi"}, base | {"answer": "Lo"}, base | {"answer": "Mi", "question": "By name?"},
+            base, {"image": "a.png", "question": "Where?"}, {"image": "a.png", "phrase": "Lo"}]  # fmt: skip
+    flags = ("--bench", write_rows(tmp_path / "s.jsonl", rows), "--out", tmp_path / "out", "--prompt", "direct")
+    texts = {"Which": "B.", "By na": "mi", "Where": "left", "Find ": "(1,2),(3,4)"}
+    rows, metrics, *_ = says(lambda text: texts[text[:5]], *flags)
+    assert [r["correct"] for r in rows] == [True, False, True, None, None, None]
+    assert [(r["choice"], r["answer"]) for r in rows[:4]] == [("Mi", "Mi"), ("Mi", "Lo"), ("Mi", "Mi"), ("Mi", "")]
+    assert [r["pred_bbox_1000"] for r in rows[4:]] == [None, [1, 2, 3, 4]]
+    assert not {"iou", "pred_bbox_1000"} & rows[0].keys() and "iou" not in rows[5]
+    want = {"n": 3, "acc": 2 / 3, "acc_ci95": None, "parse_rate": 1, "chance": 0.5}  # of boxes nothing
+    assert metrics["all"] == metrics["seen"] == metrics["categories"]["car"] == want
+    assert "| car (seen) | 3 | 66.7 | - | - | - | 100.0 |" in (tmp_path / "out/table.md").read_text().split("\n")
+
+def test_a_choice_is_read_strictly_from_where_it_belongs():
+    options, think = ["Lo", "Mi", "Audi A4", "E. coli"], "<think>A</think> "
+    found = {("B", "direct"): "Mi", ("mi.", "direct"): "Mi", ("E. coli.", "direct"): "E. coli",
+             ("B. Mi", "direct"): "Mi", ("(C)", "direct"): "Audi A4", (think + "<answer>B</answer>", "r1"): "Mi",
+             (think + "<answer> Mi </answer>", "r1"): "Mi", (think + "<answer>B</answer>", "direct"): "Mi"}  # fmt: skip
+    assert {case: e.parse_choice(case[0], options, case[1]) for case in found} == found
+    for text in ("It is Mi", "Mi or Lo", "", "B. Lo", "b", "E", "A B"):
+        assert e.parse_choice(text, options, "direct") is None, text
+    for text in ("B", think, "<answer>B", "<answer>A</answer><answer>B</answer>", "<think><answer>B</answer>"):
+        assert e.parse_choice(text, options, "r1") is None, text
+    assert e.parse_choice("A", ["A", "Mi"], "direct") == "A"
+    assert e.parse_choice("B", ["B", "Mi"], "direct") is None, "the letter of one option, the name of another"
+
+NAMES = ["Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013, 2014, 2015", "Boeing 737-600, 700, 800, 900",
+         "Clumber Spaniel\n", 'E. "coli"', "Größe {0}"]  # fmt: skip
+
+def test_twenty_own_pictures_go_through_without_a_conversion(says, tmp_path):
+    """Absolute, relative and linked paths; one photo that its EXIF turns; boxes in px, one of them 1 px too wide."""
+    pictures, exif, rows, truth = tmp_path / "pictures", Image.Exif(), [], {}
+    (tmp_path / "disk/in").mkdir(parents=True)
+    pictures.symlink_to(tmp_path / "disk")
+    exif[0x0112] = 6
+    for i in range(20):
+        w, h, name = 100 + 7 * i, 150 - 5 * i, NAMES[i] if i < len(NAMES) else f"thing {i}"
+        box, image = [w / 4, 10, w + (i == 3), h / 2 - 0.5], pictures / f"in/{i}.jpg"
+        Image.new("RGB", (h, w) if i == 7 else (w, h), "red").save(image, exif=exif if i == 7 else b"")
+        rows.append({"image": f"in/{i}.jpg" if i % 2 else str(image), "phrase": name, "bbox_px": box})
+        truth[name.strip()] = [250, 10000 / h, 1000 * (w + (i == 3)) / w, (h / 2 - 0.5) * 1000 / h]
+    flags = ("--bench", write_rows(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
+    def say(text):
+        name = text.removesuffix(e.R1_SUFFIX).split("_start|>")[1].split("<|")[0]
+        return answered((min(round(v), 1000) for v in truth[name]), name)
+    rows, metrics, _, asked = says(say, *flags)
+    assert asked == [e.QUESTION.format(n) + e.R1_SUFFIX for n in truth] and [r["entity"] for r in rows] == [*truth]
+    assert [r["question_id"] for r in rows] == [str(i + 1) for i in range(20)] and metrics["all"]["acc"] == 1
+    for i, (r, box) in enumerate(zip(rows, truth.values(), strict=True)):
+        assert r["gt_bbox_1000"] == pytest.approx([min(v, 1000) for v in box]) and r["iou"] > 0.98
+        assert r["pred_bbox_1000"] == [min(round(v), 1000) for v in box] and r["image"] == str(pictures / f"in/{i}.jpg")
+
+def test_a_parquet_holds_bytes_or_paths(few, tmp_path):
+    rows = pq.read_table(few).to_pylist()[:3]
+    (tmp_path / "a.png").write_bytes(rows[0]["image"]["bytes"])
+    rows[1]["image"], rows[2]["image"] = ({"bytes": None, "path": str(p)} for p in ("a.png", tmp_path / "a.png"))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    samples, bad = e.read_samples([tmp_path / "b.parquet"])
+    assert not bad and [s["image"] for s in samples[1:]] == [str(tmp_path / "a.png")] * 2
+    assert samples[0]["image"] == (tmp_path / "a.png").read_bytes() and len({s["id"] for s in samples}) == 3
+
+def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is_no_other_run(says, few, tmp_path):
+    rows = pq.read_table(few).to_pylist()
+    for i, r in enumerate(rows):
+        (tmp_path / f"{i}.png").write_bytes(r["image"]["bytes"][: 999 if i == 2 else None])
+        r |= {"image": f"{i}.png", "id": r.pop("question_id")}
+    rows[4] |= {"answer": rows[4]["answer"].replace("(", "(1")}  # beyond 1000
+    flags = ("--bench", write_rows(tmp_path / "s.jsonl", rows), "--out", tmp_path / "out", "--max_bad_rows")
+    with pytest.raises(e.InputError, match=rf"s.jsonl:5 \({rows[4]['id']}\): .*; want .*max_bad_rows"):
+        says(lambda text: answered((1, 2, 3, 4)), *flags, 1)
+    got, metrics, printed, _ = says(lambda text: answered((1, 2, 3, 4)), *flags, 2)
+    assert [r["question_id"] for r in got] == [rows[i]["id"] for i in (0, 1, 3, 5)] and metrics["all"]["n"] == 4
+    assert len(metrics["bad_rows"]) == 2 and all(rows[i]["id"] in str(metrics["bad_rows"]) for i in (2, 4))
+    assert "2 bad rows" in printed
+
+def test_images_in_predictions_are_absolute(says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (56, 56), "red").save("a.png")
+    write_rows(Path("s.jsonl"), [{"image": "a.png", "question": "Where?"}])
+    assert says(lambda text: "no", "--bench", "s.jsonl", "--out", "out")[0][0]["image"] == str(tmp_path / "a.png")
 
 # ---- scores ----
-def test_scores_of_answers_made_elsewhere_equal_the_hand_computed_ones(scored, samples):
-    out, done = scored
-    metrics = json.loads((out / "metrics.json").read_text())
-    rows = eval_kvg.read_jsonl(out / "predictions.jsonl")
-    x1, _, x2, _ = samples[1]["bbox_1000"]
-    half = ((x1 + x2) // 2 - 1 - x1) / (x2 - x1)  # same height, so the IoU is the ratio of the widths
-    seen = [s for s in samples if s["category"] in SEEN]
-    assert (len(samples), len(seen)) == (28, 20) and half < 0.5
-    assert [r["question_id"] for r in rows] == [s["id"] for s in samples]
-    assert [r["correct"] for r in rows] == [True] + [False] * 27 and rows[2]["pred_bbox_1000"] is None
-    assert metrics["all"]["n"] == 28 and metrics["all"]["acc"] == 1 / 28 and metrics["seen"]["acc"] == 1 / 20
-    assert metrics["all"]["mean_iou"] == pytest.approx((1 + half) / 28) and metrics["all"]["parse_rate"] == 2 / 28
-    unseen = {"n": 8, "acc": 0.0, "acc_official": 0.0, "mean_iou": 0.0, "parse_rate": 0.0}
-    assert metrics["unseen"] == unseen | {"acc_ci95": metrics["unseen"]["acc_ci95"]}
-    assert (
-        metrics["unseen"]["acc_ci95"][0] == 0 < metrics["unseen"]["acc_ci95"][1]
-        and metrics["official_differences"] == {}
-    )
-    assert metrics["categories"][samples[0]["category"]]["acc"] == 1 / 4 and len(metrics["categories"]) == 7
-    assert (out / "table.md").read_text() in done.stdout and "28 cases" in done.stdout.splitlines()[-1]
+ROWS = [  # category, image, what the row has otherwise, answer; correct, IoU, right for the released evaluator
+    ("disc", "A", {}, "<answer>[0, 0, 20, 10]</answer>", True, 1, False),  # in px of 40 x 20, of which it knows nothing
+    ("disc", "A", {}, answered((0, 0, 250, 500)), True, 0.5, True),
+    ("disc", "B", {}, answered((0, 0, 249, 500)), False, 0.498, False),
+    ("star", "C", {}, "no box", False, 0, False),
+    ("star", "D", {}, "It is (0,0),(500,500)", False, 0, True),
+    ("star", "D", {"answer": None}, answered((0, 0, 500, 500)), None, None, None),
+    ("star", "E", {"options": ["Lo", "Mi", "Zo", "Ra"], "answer": "Zo"}, "<answer>C</answer>", True, None, None),
+]
 
+def test_scores_equal_those_worked_out_by_hand(tmp_path):
+    """Of answers in another order, by a copy of the script in a folder without any other file of the project."""
+    shutil.copy(ROOT / "eval_kvg.py", tmp_path)
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    base = {"image": "a.png", "question": "Where?", "answer": BOX.format(0, 0, 500, 500)}
+    bench = [base | {"id": f"q{i}", "category": r[0].title(), "image_id": r[1]} | r[2] for i, r in enumerate(ROWS)]
+    answers = [{"question_id": f"q{i}", "response": r[3], "grid": [1000, 1000]} for i, r in enumerate(ROWS)]
+    answers[0] |= {"grid": [40, 20]}
+    for answer, n in zip(answers[1:], (10, 20, 30), strict=False):
+        answer |= {"num_tokens": n, "finished": n > 10}
+    write_rows(tmp_path / "b.jsonl", bench), write_rows(tmp_path / "p.jsonl", answers[::-1])
+    command = [sys.executable, *"eval_kvg.py --bench b.jsonl --predictions p.jsonl --out run --seen Disc".split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows, out = e.read_jsonl(tmp_path / "run/predictions.jsonl"), tmp_path / "run"
+    metrics, table = json.loads((out / "metrics.json").read_text()), (out / "table.md").read_text()
+    got = [(r["correct"], r.get("iou"), r["official_iou"] >= 0.5 if "iou" in r else None) for r in rows]
+    assert got == [r[4:] for r in ROWS] and rows[0]["pred_bbox_1000"] == rows[5]["pred_bbox_1000"] == [0, 0, 500, 500]
+    seen = {"n": 3, "acc": 2 / 3, "parse_rate": 1, "acc_official": 1 / 3, "mean_iou": 1.998 / 3}
+    unseen = {"n": 3, "acc": 1 / 3, "parse_rate": 1 / 3, "acc_official": 1 / 2, "mean_iou": 0, "chance": 0.25}
+    whole = {"n": 6, "acc": 1 / 2, "parse_rate": 4 / 6, "acc_official": 2 / 5, "mean_iou": 1.998 / 5, "chance": 0.25}
+    low, high = (f"{100 * v:.1f}" for v in metrics["categories"]["disc"]["acc_ci95"])
+    for name, want in (("all", whole), ("seen", seen), ("unseen", unseen)):
+        interval = metrics[name].pop("acc_ci95")
+        assert metrics[name] == pytest.approx(want, abs=1e-12) and 0 <= interval[0] < want["acc"] < interval[1] <= 1
+    assert [*metrics["categories"]] == ["disc", "star"] and metrics["seen_categories"] == ["disc"]
+    lengths = {"num_tokens": 60, "mean_length": 20, "num_clipped": 1, "clipped_ratio": 1 / 3}
+    assert {key: metrics[f"completions/{key}"] for key in lengths} == lengths
+    assert f"| disc (seen) | 3 | 66.7 | {low} to {high} | 33.3 | 0.666 | 100.0 |" in table.split("\n")
+    assert table in done.stdout and "eval_kvg: 7 answers, 0 bad rows" in done.stdout
 
-def test_a_split_without_cases_is_null():
-    row = {
-        "category": "bird",
-        "correct": True,
-        "iou": 1.0,
-        "pred_bbox_1000": [0, 0, 1, 1],
-        "num_tokens": None,
-        "finished": None,
-        "official_iou": 1.0,
-        "official_difference": None,
-    }
-    rows = [row | {"image_id": str(i)} for i in range(3)]
-    metrics = eval_kvg.bench_metrics(rows, ["bird"])
-    assert metrics["unseen"] is None and metrics["seen"]["acc"] == 1.0
-    assert "| unseen" in eval_kvg.metrics_table(metrics, ["bird"])
+def test_the_iou_is_a_pixel_count():
+    rng = np.random.default_rng(0)
+    low, size = rng.integers(0, 40, (99, 2, 2)), rng.integers(1, 10, (99, 2, 2))
+    for boxes in np.concatenate([low, low + size], -1).tolist():
+        masks = np.zeros((2, 50, 50), bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+            mask[y1:y2, x1:x2] = True
+        want = pytest.approx((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum(), rel=1e-6)
+        assert e.box_iou(*boxes) == want and e.official_iou(str(boxes[0]), boxes[1]) == want
 
+def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cases():
+    """official_cases.jsonl is what the released file itself said; official_cases.py makes it. It was given special
+    tokens as text, which its own inference drops, as `official_iou` does: they are no tokens here."""
+    cases = e.read_jsonl(ROOT / "tests/official_cases.jsonl")
+    for case in cases:
+        text, want = case["response"].replace("<|", "<").replace("|>", ">"), case["official"]
+        iou = e.official_iou(text, case["gt_bbox_1000"])
+        assert (iou, iou >= 0.5) == (want["iou"], want["correct"]), case
+    assert len(cases) == 500 and {case["official"]["pattern"] for case in cases} == {*range(9)}, "all, and none"
+    assert e.official_iou("(1, 2), it is" + answered((324, 255, 697, 658)), [324, 255, 697, 658]) == 1
 
-def test_every_prompt_parses_its_own_kind_of_answer():
-    sample = {"id": "a", "bbox_1000": [10, 20, 300, 400], "category": "c", "entity": "e", "image_id": "i"}
-    answers = {
-        "r1": box_answer((10, 20, 300, 400)),
-        "direct": "<|box_start|>(10,20),(300,400)<|box_end|>",
-        "cot": "It is on the left: (10,20),(300,400)",
-        "json": '```json\n[{"bbox_2d": [10, 20, 300, 400]}]\n```',
-    }
-    for mode in eval_kvg.EVAL_PROMPTS:
-        assert eval_kvg.score_answers([sample], {"a": {"response": answers[mode]}}, mode)[0]["correct"], mode
-    assert not eval_kvg.score_answers([sample], {"a": {"response": answers["cot"]}}, "r1")[0]["correct"]
+@pytest.mark.parametrize("loop", ["<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[[", "[1, 2, ", "(1,2)  "])
+def test_an_answer_that_loops_does_not_stall_the_scores(loop):
+    start, text = time.process_time(), loop * (4000 // len(loop))
+    e.official_iou(text, [0, 0, 1, 1])
+    assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
+    assert time.process_time() - start < 3
 
+# ---- intervals ----
+@pytest.mark.parametrize("images, questions, accuracy", [
+    (531, 1336, 0.62), (531, 1336, 0.95), (100, 251, 0.41), (33, 83, 0.6), (33, 83, 0.87)])  # fmt: skip
+def test_the_interval_of_an_accuracy_covers_the_truth(images, questions, accuracy):
+    """Of 1000 benches as large as KVG-Bench, its largest and its smallest category. An image, of one to six questions,
+    has an accuracy of its own, so that two questions on it have a correlation of 0.2."""
+    rng, sizes = np.random.default_rng(0), np.ones(images, int)
+    while (missing := questions - sizes.sum()) > 0:
+        sizes[rng.permutation(np.flatnonzero(sizes < 6))[:missing]] += rng.integers(0, 2)
+    image, held = np.repeat(np.arange(images), sizes), []
+    for own in rng.beta(4 * accuracy, 4 * (1 - accuracy), (1000, images)):
+        low, high = e.accuracy_interval((rng.random(questions) < own[image]).astype(float), image)
+        held.append(low <= accuracy <= high)
+    assert 0.93 <= np.mean(held) <= 0.97, np.mean(held)
 
-# ---- comparison ----
-def test_mcnemar_p_equals_the_hand_value():
-    assert eval_kvg.mcnemar_p(0, 0) == 1.0 and eval_kvg.mcnemar_p(4, 4) == 1.0
-    assert eval_kvg.mcnemar_p(0, 5) == 2 / 32  # 2 x P(no head in 5)
-    assert eval_kvg.mcnemar_p(8, 2) == 2 * (1 + 10 + 45) / 1024
-    assert 0 < eval_kvg.mcnemar_p(400, 700) < 1e-18
-
-
-def test_compare_gives_b_minus_a(tmp_path):
-    row = {"image_id": "0", "category": "disc", "gt_bbox_1000": [0, 0, 1, 1]}
-    for name, right in (("a", "110000"), ("b", "101111")):
-        (tmp_path / name).mkdir()
-        rows = [row | {"question_id": str(i), "image_id": str(i), "correct": c == "1"} for i, c in enumerate(right)]
-        write_rows(tmp_path / name / "predictions.jsonl", rows)
-    done = run_script("eval_kvg.py", "--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", *SEEN)
-    result = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert result["all"]["difference"] == pytest.approx(3 / 6) and (
-        result["all"]["only_a"],
-        result["all"]["only_b"],
-    ) == (1, 4)
-    assert (
-        result["all"]["mcnemar_p"] == 2 * (1 + 5) / 32 and result["seen"] == result["all"] and result["unseen"] is None
-    )
-    assert "+50.0" in done.stdout and "compare.json" in done.stdout.splitlines()[-1]
-    write_rows(tmp_path / "b" / "predictions.jsonl", [row | {"question_id": "0", "correct": True}])
-    with pytest.raises(SystemExit, match="5 cases in one run only"):
-        eval_kvg.compare_runs(tmp_path / "a", tmp_path / "b", [])
-
-
-# ---- errors ----
-def test_wrong_predictions_give_one_clear_line(bench, samples, tmp_path):
-    rows = [{"question_id": s["id"], "response": "x"} for s in samples]
-    for change, words in (
-        (rows[1:], "1 of 28 cases missing"),
-        (rows + rows[:1], "occurs 2 times"),
-        (rows + [{"question_id": "q", "response": ""}], "not in the bench"),
-        ([{"question_id": "q"}], "no column 'response'"),
-        ([rows[0] | {"response": 3}, *rows[1:]], "another type"),
-    ):
-        with pytest.raises(SystemExit, match=words) as error:
-            eval_kvg.read_foreign_answers(write_rows(tmp_path / "p.jsonl", change), samples)
-        assert "\n" not in str(error.value) and "; want " in str(error.value)
-    done = run_script(
-        "eval_kvg.py",
-        "--bench",
-        bench,
-        "--predictions",
-        tmp_path / "none.jsonl",
-        "--out",
-        tmp_path / "out",
-        check=False,
-    )
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "no such file" in done.stderr
-
-
-def test_wrong_benches_give_one_clear_line(tmp_path):
-    message = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "(1,2)"}]
-    row = {"id": "a", "images": ["a.png"], "messages": message}
-    boxed = row | {"answer": "<|box_start|>(1,2),(3,4)<|box_end|>"}
-    for rows, words in (
-        ([], "0 rows"),
-        ([row], "no box in the answer"),
-        ([boxed, boxed], "more than once"),
-        ([boxed], "no such image"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            eval_kvg.read_bench(write_rows(tmp_path / "bench.jsonl", rows))
-    with pytest.raises(SystemExit, match="no such file"):
-        eval_kvg.read_bench(tmp_path / "none.parquet")
-
-
-def test_a_folder_without_a_model_gives_one_clear_line(bench, tmp_path):
-    done = run_script("eval_kvg.py", "--bench", bench, "--model", tmp_path, "--out", tmp_path / "out", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "check --model" in done.stderr
-
-
-# ---- with a model ----
-@pytest.fixture(scope="session")
-def model_run(bench, tiny_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("eval") / "one"
-    flags = ("--bench", bench, "--model", tiny_dir, "--max_completion_length", 12, *SEEN)
-    done = run_script("eval_kvg.py", *flags, "--out", out, "--batch_size", 32)
-    return out, flags, done.stdout
-
-
-def test_a_model_run_writes_predictions_in_the_order_of_the_bench(model_run, samples):
-    rows = eval_kvg.read_jsonl(model_run[0] / "predictions.jsonl")
-    metrics = json.loads((model_run[0] / "metrics.json").read_text())
-    assert [r["question_id"] for r in rows] == [s["id"] for s in samples] and not list(model_run[0].glob("part-*"))
-    assert all(
-        0 < r["num_tokens"] <= 12 and r["finished"] in (True, False) and isinstance(r["response"], str) for r in rows
-    )
-    tokens, speed = sum(r["num_tokens"] for r in rows), json.loads((model_run[0] / "run.json").read_text())["speed"]
-    assert metrics["completions/num_tokens"] == tokens == speed["tokens"] and speed["cases"] == 28
-    assert metrics["completions/mean_length"] == tokens / 28 and speed["cases_per_second"] > 0
-    assert metrics["completions/num_clipped"] == sum(not r["finished"] for r in rows)
-    assert f"{tokens:,} tokens, {metrics['completions/num_clipped']} answers cut off" in model_run[2]
-
-
-def test_metrics_and_predictions_are_the_same_bytes_with_one_case_at_a_time(model_run, tmp_path):
-    """Speed, batch size and paths are in run.json alone; two ranks are in the test of an interrupted run."""
-    run_script("eval_kvg.py", *model_run[1], "--out", tmp_path / "single", "--batch_size", 1, "--num_workers", 1)
-    for name in ("predictions.jsonl", "metrics.json"):
-        assert (tmp_path / "single" / name).read_bytes() == (model_run[0] / name).read_bytes()
-    run = json.loads((tmp_path / "single" / "run.json").read_text())
-    assert run["args"]["batch_size"] == 1 and run["args"]["out"] == str(tmp_path / "single")
-
-
-def test_a_finished_run_is_scored_again_without_weights(model_run, tiny_dir, tmp_path):
-    """Weights that cannot be loaded prove that none are loaded; the speed measured before is kept."""
-    model, out, flags = tmp_path / "tiny", tmp_path / "out", list(model_run[1])
-    shutil.copytree(tiny_dir, model)
-    shutil.copytree(model_run[0], out)
-    config = json.loads((out / "config.json").read_text()) | {"model": str(model), "weights_md5": ""}
-    (out / "config.json").write_text(json.dumps(config))
-    (model / "model.safetensors").unlink()
-    flags[flags.index("--model") + 1] = model
-    before, speed = os.stat(out / "predictions.jsonl").st_mtime_ns, json.loads((out / "run.json").read_text())["speed"]
-    done = run_script("eval_kvg.py", *flags, "--out", out, "--seed", 3)
-    assert "28 answered before" in done.stdout and os.stat(out / "predictions.jsonl").st_mtime_ns == before
-    assert json.loads((out / "run.json").read_text())["speed"] == speed
-
-
-def test_an_interrupted_run_continues_on_two_ranks_with_the_same_predictions(model_run, tmp_path, samples):
-    """Five answers of a killed run, one line half written: they are kept, the rest is made by two ranks."""
-    out, rows = tmp_path / "two", (model_run[0] / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True)
-    out.mkdir()
-    (out / "part-5.jsonl").write_text("".join(rows[:5]) + rows[5][:20], encoding="utf-8")
-    done = run_script("eval_kvg.py", *model_run[1], "--out", out, "--batch_size", 5, launcher=TWO_RANKS)
-    assert "5 answered before, 2 ranks" in done.stdout
-    assert (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines(True) == rows
-    assert (out / "metrics.json").read_bytes() == (model_run[0] / "metrics.json").read_bytes()
-    assert not list(out.glob("part-*")) and json.loads((out / "run.json").read_text())["speed"]["world_size"] == 2
-
-
-def test_answers_of_other_settings_are_not_reused(model_run):
-    out, flags, _ = model_run
-    done = run_script("eval_kvg.py", *flags, "--out", out, "--prompt", "direct", check=False)
-    assert done.returncode == 1 and "--prompt was 'r1', now 'direct'" in done.stderr and "Traceback" not in done.stderr
+def test_intervals_at_the_edges():
+    images, twice, interval = np.arange(20), np.repeat(np.arange(20), 2), e.accuracy_interval
+    low, high = interval([1.0] * 20, images)
+    assert 0.8 < low < 0.9 and high == 1 and interval([0.0] * 20, images) == pytest.approx([0, 1 - low])
+    assert interval([1.0] * 40, twice) == [low, 1], "all right: an image counts once"
+    assert interval([1.0, 0.0], ["one", "one"]) is None
+    # 3 right of 12: Wilson's with Student's t = 2.201 of 11 degrees of freedom; 40 of 100: with 1.984 of 99
+    assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.0751, 0.5778), abs=1e-3)
+    assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.3079, 0.4999), abs=1e-3)
+    # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
+    values = np.repeat(np.tile([0.0, 1.0], 10), 2)
+    together, apart, even = (np.ptp(interval(v, i)) for v, i in (
+        (values, twice), (values, np.arange(40)), ([1.0, 1.0, 0.0, 0.0] + [1.0, 0.0] * 18, twice)))  # fmt: skip
+    assert together == pytest.approx(2**0.5 * apart, rel=0.08) and even == pytest.approx(apart, rel=0.08)

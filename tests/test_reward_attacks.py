@@ -5,25 +5,20 @@ block. format pays 0.5 for the blocks and 0.5 for the notation, whether the box 
 answers readable. So a wrong answer in the right form earns format, and that is meant; what it can never earn is iou.
 """
 
-import json
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import run_script
 from grpo_letters import released
 
 import train_grpo as g
 
 SAMPLE = {"bbox_1000": [100, 100, 500, 500], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
 ARGS = SimpleNamespace(iou_threshold=0.8, knowledge_form=None)
-BOX = "<|object_ref_start|>Lo<|object_ref_end|><|box_start|>(100,100),(500,500)<|box_end|>"
-WRONG = "(600,600),(900,900)"
-
+NAME, RIGHT, WRONG = "<|object_ref_start|>{}<|object_ref_end|>", "(100,100),(500,500)", "(600,600),(900,900)"
+BOX = f"{NAME.format('Lo')}<|box_start|>{RIGHT}<|box_end|>"
 
 def answered(text):
     return f"<think>\nLo is red.\n</think> <answer>{text}</answer>"
-
 
 # name: (text, iou, binary, dense_iou, format, released)
 # released: R_iou (IoU above 0.8 of the last box in the first <answer>) + R_format (0.5 if a think and an answer block
@@ -40,6 +35,21 @@ ATTACKS = {
     "another box in another notation": (answered(f"[600, 600, 900, 900] {BOX}"), 0, 0, 0, 0.5, None),
     "chain of points": (answered("(100,100),(500,500),(900,900)"), 0, 0, 0, 0.5, None),
     "a second box that is upside down": (answered(f"{BOX} (900,900),(600,600)"), 0, 0, 0, 0.5, None),
+    # what stands in a name is never read as a box, and does not make another notation the family's own
+    "box in the name alone": (answered(NAME.format(f"Lo {RIGHT}")), 0, 0, 0, 0.5, 1.5),
+    "right box in the name, wrong one behind it": (answered(NAME.format(RIGHT) + WRONG), 0, 0, 0, 1, 0.5),
+    "wrong box in the name, right one behind it": (answered(NAME.format(WRONG) + RIGHT), 1, 1, 1, 1, 1.5),
+    "canonical box in the name, a list as the box": (
+        answered(NAME.format(f"Lo {RIGHT}") + "[100, 100, 500, 500]"), 1, 1, 1, 0.5, 1.5),
+    "right box in the label, wrong list": (
+        answered(f'{{"bbox_2d": [600, 600, 900, 900], "label": "Lo {RIGHT}"}}'), 0, 0, 0, 0.5, 1.5),
+    "right list, wrong box in the label": (
+        answered(f'{{"bbox_2d": [100, 100, 500, 500], "label": "\\"{WRONG}"}}'), 1, 1, 1, 0.5, 0.5),
+    "both boxes in the label": (answered(f'{{"label": "{WRONG} {RIGHT}"}}'), 0, 0, 0, 0.5, 1.5),
+    "label that never ends": (answered(f'{{"label": "{WRONG} {RIGHT}'), 0, 0, 0, 0.5, 1.5),
+    "name that never ends": (answered(f"<|object_ref_start|>{WRONG} {RIGHT}"), 0, 0, 0, 0.5, 1.5),
+    "name of four numbers": (answered(BOX.replace("Lo", "Porsche 911 (901, 930, 964, 993)")), 1, 1, 1, 1, 1.5),
+    "name of years": (answered(BOX.replace("Lo", "Chardonnay [2012, 2013, 2014, 2015]")), 1, 1, 1, 1, 1.5),
     # a box of no use: dense_iou pays the overlap, which every smaller and better box exceeds
     "the whole image": (answered("(0,0),(1000,1000)"), 0, 0, 0.16, 1, 0.5),
     "a box around it": (answered("(50,50),(600,600)"), 0, 0, 16 / 30.25, 1, 0.5),
@@ -117,32 +127,25 @@ ATTACKS = {
     "exactly at the threshold": (answered("(100,100),(500,420)"), 0, 0, 0.8, 1, 0.5),
 }  # fmt: skip
 
+def paid(text, prompt=SAMPLE, args=ARGS):
+    """{reward: what it pays}; box and IoU as rollout_and_score sets them."""
+    c = g.Completion([], None, True, text, g.parse_bbox(text, grid=prompt["grid"]))
+    c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
+    return {name: g.REWARD_FUNCS[name](c, prompt, args) for name in ("iou", "binary", "dense_iou", "format")}
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_paid_what_the_table_says(name):
-    text, iou, binary, dense, form, _ = ATTACKS[name]
-    paid = {k: g.REWARDS[k](text, SAMPLE, ARGS) for k in ("iou", "binary", "dense_iou", "format")}
-    assert paid == pytest.approx({"iou": iou, "binary": binary, "dense_iou": dense, "format": form})
-
-
-def test_the_released_column_follows_from_its_rules():
-    for name, (text, *_, paid) in ATTACKS.items():
-        if paid is not None:
-            assert released(text, SAMPLE, ARGS) == pytest.approx(paid), name
-
+    text, *want, theirs = ATTACKS[name]
+    assert [*paid(text).values()] == pytest.approx(want)
+    assert theirs is None or released(SimpleNamespace(text=text), SAMPLE, ARGS) == pytest.approx(theirs)
 
 def test_no_attack_earns_more_than_the_honest_answer_and_hedges_earn_less():
-    def ours(text):
-        return g.iou_reward(text, SAMPLE, ARGS) + g.format_reward(text, SAMPLE, ARGS)
-
-    honest = ours(ATTACKS["honest"][0])
-    assert all(ours(text) <= honest for text, *_ in ATTACKS.values())
-    overpaid = [name for name, (text, *_, old) in ATTACKS.items() if old == 1.5 and ours(text) < honest]
-    assert len(overpaid) >= 12, "what the released reward paid in full and ours does not"
-
+    ours = {name: paid(text)["iou"] + paid(text)["format"] for name, (text, *_) in ATTACKS.items()}
+    assert max(ours.values()) == ours["honest"]
+    overpaid = [name for name, (*_, theirs) in ATTACKS.items() if theirs == 1.5 and ours[name] < ours["honest"]]
+    assert len(overpaid) >= 16, "what the released reward paid in full and ours does not"
 
 JSON = {"bbox_1000": [100, 100, 500, 500], "grid": (280, 140), "style": g.BOX_STYLES["qwen2_5_vl"]}
-
 
 @pytest.mark.parametrize("answer, iou, form", [
     ('```json\n[{"bbox_2d": [28, 14, 140, 70], "label": "Lo"}]\n```', 1, 1),
@@ -154,74 +157,17 @@ JSON = {"bbox_1000": [100, 100, 500, 500], "grid": (280, 140), "style": g.BOX_ST
     ('{"bbox_2d": "28, 14, 140, 70"}', 0, 0.5),
     ('{"bbox_2d": [28, 14, 140, 70], "bbox_2d": [28, 14, 140, 71]}', 0, 0.5),
     ("(28,14),(140,70)", 1, 0.5),
+    ('{"bbox_2d": [28, 14, 140, 70], "label": "Porsche 911 (901, 930, 964, 993)"}', 1, 1),
+    (r'{"bbox_2d": [0, 0, 9, 9], "label": "\"bbox_2d\": [28, 14, 140, 70]"}', 0, 1),
+    (r'{"label": "\"bbox_2d\": [28, 14, 140, 70]"}', 0, 0.5),
 ])  # fmt: skip
 def test_families_that_count_in_pixels_are_no_easier(answer, iou, form):
-    text = answered(answer)
-    assert (g.iou_reward(text, JSON, ARGS), g.format_reward(text, JSON, ARGS)) == pytest.approx((iou, form))
-
+    got = paid(answered(answer), JSON)
+    assert (got["iou"], got["format"]) == pytest.approx((iou, form))
 
 def test_a_penalty_is_not_worth_dodging():
     """KARL's reward has no penalty without an answer block: leaving it out must cost more format than it saves."""
     for level in g.LEVELS:
-        sample, args = SAMPLE | {"level": level}, SimpleNamespace(iou_threshold=0.65, knowledge_form="reward")
-        wrong, dodged = answered(WRONG), "<think>\nLo is red.\n</think>"
-        paid = [g.iou_reward(x, sample, args) + g.format_reward(x, sample, args) for x in (wrong, dodged)]
-        assert paid[0] > paid[1] == 0
-
-
-def test_vision_tokens_cannot_be_sampled(tiny_dir):
-    """In a completion they would be counted as image features; they are never drawn, however likely."""
-    tokenizer, _ = g.load_processors(tiny_dir, 401408)
-    banned = torch.tensor(g.vision_ids(tokenizer))
-    assert len(banned) == len(g.VISION_TOKENS)
-    logits = torch.zeros(9, len(tokenizer))
-    logits[:, banned] = 50.0
-    for temperature in (0, 1.0):
-        token, logp = g.choose(logits, torch.linspace(0, 0.999, 9), banned, temperature)
-        assert not torch.isin(token, banned).any() and torch.isfinite(logp).all()
-
-
-@pytest.fixture(scope="module")
-def half_honest(tiny_dir, synth_dir, tmp_path_factory):
-    """(policy, data): it looks at one picture; half of its answers point at the wrong thing, as it knows no better, the
-    other half say the right box in the reasoning and end with the wrong one.
-    """
-    root = tmp_path_factory.mktemp("half_honest")
-    row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
-    right, wrong = row["answer"], row["answer"].rpartition("<|box_start|>")[0] + "<|box_start|>(1,1),(9,9)<|box_end|>"
-    hack = f"<think>\n<answer>{right}</answer>\n</think> <answer>{wrong}</answer>"
-    for name, answers in (("taught", (answered(wrong), hack)), ("asked", (answered(right),))):
-        (root / name).mkdir()
-        (root / name / "images").symlink_to(synth_dir / "images")
-        with open(root / name / "samples.jsonl", "w") as file:
-            for i, text in enumerate(answers * 2):
-                turns = (("user", f"<image>{row['question']}{g.R1_SUFFIX}"), ("assistant", text))
-                messages = [{"role": role, "content": content} for role, content in turns]
-                print(json.dumps(row | {"id": f"{name}{i}", "messages": messages}), file=file)
-    flags = ("--max_steps", 300, "--train_batch_size", 4, "--learning_rate", 3e-3, "--save_steps", 0)
-    data = ("--data", root / "taught/samples.jsonl", "--output_dir", root / "policy")
-    run_script("train_sft.py", "--model", tiny_dir, *data, *flags)
-    return root / "policy/final", root / "asked/samples.jsonl"
-
-
-@pytest.mark.parametrize("rewards", [("released",), ("iou", "format")])
-def test_a_policy_learns_the_hack_from_the_released_reward_and_drops_it_under_ours(rewards, half_honest, tmp_path):
-    """The released reward reads the first answer block, also inside the reasoning; ours reads the one answer."""
-    policy, data = half_honest
-    flags = ("--max_steps", 25, "--train_batch_size", 2, "--num_generations", 8, "--learning_rate", 1e-4,
-             "--max_completion_length", 120, "--lr_scheduler", "constant", "--save_steps", 0)  # fmt: skip
-    run_script("tests/grpo_letters.py", "--model", policy, "--data", data, "--output_dir", tmp_path,
-               "--reward_funcs", *rewards, *flags)  # fmt: skip
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-
-    def hacks(steps):
-        texts = [(c["text"], SAMPLE | row) for row in rows if row["step"] in steps for c in row["completions"]]
-        paid = [
-            released(t, s, ARGS) == 1.5 and g.iou_reward(t, s, ARGS) + g.format_reward(t, s, ARGS) == 0
-            for t, s in texts
-        ]
-        return sum(paid) / len(paid)
-
-    before, after = hacks(range(1, 3)), hacks(range(21, 26))
-    assert 0.15 < before < 0.85
-    assert after > 0.6 if rewards == ("released",) else after < 0.15
+        prompt, args = SAMPLE | {"level": level}, SimpleNamespace(iou_threshold=0.65, knowledge_form="reward")
+        wrong, dodged = (paid(text, prompt, args) for text in (answered(WRONG), "<think>\nLo is red.\n</think>"))
+        assert wrong["iou"] + wrong["format"] > dodged["iou"] + dodged["format"] == 0
