@@ -3,50 +3,94 @@
 import importlib
 import json
 import os
+import re
 
+import grounded  # noqa: F401, adds its rewards
 import pytest
 import study
+import toy_world as world
+from conftest import run_script
 
 
-@pytest.fixture
-def jobs(tmp_path):
-    return {f"0/{name}": command for name, command in study.jobs_of(0, tmp_path, arms=True).items()}
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
 
 
 def test_every_command_is_one_that_its_script_takes(jobs):
-    for name, (script, *flags) in jobs.items():
-        if not script.startswith("tests/"):
+    for name, command in jobs.items():
+        script, *flags = command.split()
+        script = "train_grpo.py" if script == "tests/toy/grounded.py" else script
+        if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
 
 
-def test_the_jobs_can_run_in_some_order(jobs, tmp_path):
-    done, waits = set(), {name: study.needs(name, command, tmp_path) for name, command in jobs.items()}
+def test_the_parts_can_run_one_after_the_other(jobs):
+    waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
     assert waits["0/world"] == waits["0/eval_base"] - {"0/world"} == set()
     assert waits["0/cot_sft_more"] == {"0/cot_sft", "0/cot_more"}
-    while len(done) < len(jobs):
-        ready = {name for name in jobs if name not in done and waits[name] <= done}
-        assert ready, set(jobs) - done
-        done |= ready
+    for part, _ in study.PARTS:
+        todo = {f"0/{name}" for name in study.jobs_of(0, part)} - done
+        while ready := {name for name in todo if waits[name] <= done}:
+            todo, done = todo - ready, done | ready
+        assert not todo, part
+    assert [part for part, _ in study.PARTS][:3] == ["main", "teachers", "grounded"]
 
 
-def test_the_main_comparison_sees_equally_many_samples(jobs):
+def test_compared_runs_see_equally_many_samples_and_completions(jobs):
     def flag(name, key):
-        command = jobs[name]
-        return int(command[len(command) - 1 - command[::-1].index(key) + 1])
+        return int(re.findall(rf"{key} (\d+)", jobs[name])[-1])
 
-    assert flag("0/synth_sft", "--num_samples") == study.N_SFT
-    more, grpo = "0/cot_sft_more", "0/grpo"
-    assert flag(more, "--max_steps") * flag(more, "--train_batch_size") == flag(grpo, "--max_steps") * study.PROMPTS
+    def completions(name):
+        return flag(name, "--max_steps") * flag(name, "--train_batch_size") * flag(name, "--num_generations")
+
+    runs = [name for name in jobs if name.startswith("0/grpo")]
+    assert len(runs) == len(study.TEACHERS) + 2 * len(study.GROUNDED) + len(study.ARMS) + 1  # unknown names
+    assert {completions(name) for name in runs} == {study.STEPS * study.PROMPTS * 8}
+    for name in [name for name in jobs if name.startswith("0/cot_sft_more")]:
+        assert flag(name, "--max_steps") * flag(name, "--train_batch_size") == study.STEPS * study.PROMPTS
+
+
+def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir, synth_dir, tmp_path):
+    run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json",
+               "--out", tmp_path / "cot")  # fmt: skip
+    right = study.report.read_rows(tmp_path / "cot/samples.jsonl")
+
+    def errors(*flags):
+        world.main(["--err", str(tmp_path / "cot/samples.jsonl"), "--out", str(tmp_path / "err"), *map(str, flags)])
+        rows, wrong = study.report.read_rows(tmp_path / "err/samples.jsonl"), set()
+        for a, b in zip(right, rows, strict=True):
+            target, said = a["entities"][a["target"]]["entity"], b["messages"][1]["content"]
+            assert said == f"<think>\n{b['cot']}\n</think> <answer>{a['answer']}</answer>"
+            assert (tmp_path / "err" / b["images"][0]).exists()
+            old, new = (row["cot"].split("\n") for row in (a, b))
+            changed = {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}
+            assert changed in (set(), {"Planning", "Comparison", "Conclusion"})
+            assert re.findall(r"\(.*", a["cot"]) == re.findall(r"\(.*", b["cot"]), "all boxes, the last one too"
+            wrong |= {(a["id"], target, new[0])} if changed else set()
+        return wrong
+
+    few, most = errors("--share", 0.4), errors("--share", 0.8)
+    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
+    always = errors("--share", 0.5, "--systematic")
+    names = json.loads((tmp_path / "err/wrong.json").read_text())
+    assert len(names) == 6 * 7 and {name for _, name, _ in always} == {
+        r["entities"][r["target"]]["entity"] for r in right} & set(names)  # fmt: skip
+    for _, name, planning in always:
+        assert planning == f"Planning: {name} is {world.describe(world.ENTITIES[names[name]])}."
 
 
 def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     out, given = tmp_path / "out", tmp_path / "given"
-    copy = [
-        "-c",
-        "import pathlib, sys; pathlib.Path(sys.argv[1], 'x').write_text(pathlib.Path(sys.argv[2]).read_text())",
-    ]
-    jobs = {"0/b": [*copy, f"{out}/0/b", f"{out}/0/a/x"], "0/a": [*copy, f"{out}/0/a", str(given)]}
+    (tmp_path / "copy.py").write_text("import pathlib, sys\nsource, _, folder = map(pathlib.Path, sys.argv[1:])\n"
+                                      "(folder / 'x').write_text(source.read_text())\n")  # fmt: skip
+    jobs = {"0/b": f"{tmp_path}/copy.py @/a/x --out @/b", "0/a": f"{tmp_path}/copy.py {given} --out @/a"}
     assert not study.run_jobs(jobs, out, at_once=2)
     assert "0/a failed" in capsys.readouterr().out and not (out / "0/b").exists()
     given.write_text("x")
@@ -54,51 +98,47 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     given.unlink()
     assert study.run_jobs(jobs, out, at_once=2)
     with pytest.raises(SystemExit, match="0/a: made by another command than now; delete it"):
-        study.run_jobs(jobs | {"0/a": [*jobs["0/a"], "--more"]}, out, at_once=2)
+        study.run_jobs(jobs | {"0/a": jobs["0/a"] + " --more"}, out, at_once=2)
     os.utime(out / "0/a/done.json", (2**31, 2**31))
     with pytest.raises(SystemExit, match="0/b: older than what it reads; delete it"):
         study.run_jobs(jobs, out, at_once=2)
 
 
+def evaluated(folder, acc, *rows):
+    """The folder of a finished evaluation."""
+    scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
+    write(folder / "metrics.json", {k: scores for k in ("all", "seen", "unseen")} | {"completions/mean_length": 9})
+    row = {"correct": True, "entity": "Penika", "category": "disc", "image_id": "i", "pred_bbox_1000": [1, 2, 30, 40]}
+    write(folder / "predictions.jsonl", *(row | r for r in rows))
+    write(folder / "done.json", {"seconds": 60})
+
+
 def test_the_tables_say_what_the_runs_say(tmp_path):
-    """Two seeds with known scores: mean, Student's interval, paired difference; what is not finished is left out."""
+    """Two seeds with known scores: mean, Student's interval, paired difference. What is not finished is left out."""
     for seed, accs in enumerate(((0.5, 0.7), (0.6, 0.9))):
         for model, acc in zip(("sft", "cot_sft"), accs, strict=True):
-            folder = tmp_path / f"{seed}/eval_{model}"
-            folder.mkdir(parents=True)
-            scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
-            (folder / "metrics.json").write_text(json.dumps({k: scores for k in ("all", "seen", "unseen", "disc")}))
-            rows = [{"correct": True, "response": "Lo is a red disc with a white band", "entity": "Penika",
-                     "category": "disc", "reasoning_contradicts": False}]  # fmt: skip
-            (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-            (folder / "done.json").write_text('{"seconds": 60}')
-    results = study.Results(tmp_path, [0, 1, 2])
-    assert results.scores("sft") == "55.0 (-8.5 to 118.5)" and results.scores("grpo") == "-"
-    assert results.gain("cot_sft", "sft") == "+25.0 (-38.5 to +88.5)"
-    for seed in "01":
-        (tmp_path / seed / "world").mkdir()
-        (tmp_path / seed / "world/done.json").write_text('{"seconds": 60}')
-    text, numbers = study.report(tmp_path, [0, 1, 2])
-    assert "| cot_sft | 2 | 80.0" in text and "6 jobs of 6 minutes" in text
-    assert numbers["The paper's comparison"]["cot_sft - sft, all, acc"] == {0: 20.0, 1: 30.0}
+            evaluated(tmp_path / f"{seed}/eval_{model}", acc, {"response": "Lo"})
+    study.write_results(tmp_path, [0, 1, 2], ["0/eval_sft", "0/eval_cot_sft", "0/eval_grpo"])
+    text, values = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    lines = [re.sub(" +", " ", line) for line in text.splitlines()]
+    for cells in ("sft | 55.0 (-8.5 to 118.5)", "cot_sft - sft | +25.0 (-38.5 to +88.5)", "grpo - cot_sft | - | - | -"):
+        assert any(line.startswith(f"| {cells} |") for line in lines)
+    assert lines[-1] == "2 of 3 jobs, 2 minutes together."
+    difference = values["The paper's comparison"]["points, paired by seed, cot_sft - sft: all"]
+    assert difference == {"0": 20.0, "1": 30.0} and set(values) == set(study.TABLES)
 
 
 def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
-    look = study.world.describe(study.world.ENTITIES["Penika"])
-    parts = {"Planning": f"Penika is {look}.", "Visual Analysis": f"\n{look} (1,2),(3,4)\nanother",
+    look = world.describe(world.ENTITIES["Penika"])
+    parts = {"Planning": f"Penika is {look}.", "Visual Analysis": f"\n{look} (1,2),(30,40)\na white bowl (1,2),(9,9)",
              "Comparison": f"of the objects above, only {look} fits Penika."}  # fmt: skip
-    whole = "\n".join(f"{k}: {v}" for k, v in parts.items()) + f"\nConclusion: Penika is {look} (1,2),(3,4).\n</think>"
-    responses = [whole, *(whole.replace(v, "a white bowl") for v in parts.values()), f"<think>{look}</think>"]
-    folder = tmp_path / "0/eval_grpo"
-    folder.mkdir(parents=True)
-    row = {"correct": True, "entity": "Penika", "category": "disc", "reasoning_contradicts": False}
-    rows = [row | {"response": r} for r in responses]
-    rows += [row | {"response": whole, "correct": False, "reasoning_contradicts": c} for c in (True, None, None)]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "done.json").write_text('{"seconds": 60}')
-    results = study.Results(tmp_path, [0])
-    text = study.reasoning(results)
-    assert [line for line in text.splitlines() if "| grpo |" in line] == [
-        "| grpo | right | 1 | 40.0 | 40.0 | 40.0 | 40.0 | 0.0 |",
-        "| grpo | wrong | 1 | 0.0 | 0.0 | 0.0 | 0.0 | 100.0 |",  # of one: two have no box to judge
-    ]
+    whole = "\n".join(f"{k}: {v}" for k, v in parts.items()) + f"\nConclusion: Penika is {look} (1,2),(30,40)."
+    texts = [whole, look, *(whole.replace(text, "a white bowl") for text in parts.values())]
+    texts.append(whole.replace(f"{look} (", "a white bowl (", 1))
+    rows = [{"response": f"<think>\n{text}\n</think>"} for text in texts]
+    evaluated(tmp_path / "0/eval_grpo", 1, *rows, {"correct": False, "response": whole})
+    runs = study.Runs(tmp_path, [0])
+    got = [round(runs.share("grpo", key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
+    assert got == [33, 33, 50, 33, 0, 33, 17]  # % of six: the part that is taken away, and all in the one without parts
+    assert round(runs.share("grpo", "boxes listed")[0], 2) == 1.33
+    assert runs.share("grpo", "no look in Planning", lambda x, s: not x["correct"]) == {0: 0}

@@ -1,7 +1,8 @@
 """Trains the toy base: a tiny Qwen2-VL with generic grounding and entity knowledge in words, and no link between them.
 
   python tests/toy/make_toy.py --out tests/toy/base --seed 0         about 25 min on 2 CPU cores, done once and shipped
-  python tests/toy/make_toy.py --out tests/toy/base --evaluate       measures a finished base
+  python tests/toy/make_toy.py --out tests/toy/base --evaluate       metrics.json: the skills of this, or of any --model
+  python tests/toy/make_toy.py --out runs/unknown --unknown          the base without the knowledge of half of the names
 
 What it learns (user question -> assistant answer, Qwen2-VL's strings, several turns over one image):
   find     Find and give the bounding box of <ref>a red disc</ref> -> the box                 any look of any category
@@ -15,23 +16,23 @@ What it learns (user question -> assistant answer, Qwen2-VL's strings, several t
   recall   a list in words, then: Describe and find Lozuve. -> its description, its box in the list        text alone
   name     Find and give the bounding box of <ref>Lozuve</ref> -> the box of any object, drawn at random (last stage)
 No picture ever comes with the box of the entity that was named: that link is what SFT and GRPO are to make. Without
-`name` the tiny model joins the two by itself and finds about half of the named entities; random targets undo that.
+`name` the tiny model joins the two by itself and finds about half of the named entities; random targets undo that. The
+shipped base was made in two calls: the first four stages, then `--first_stage gap` on their result.
 
-The shipped base was made in two calls: the first four stages, then `--first_stage gap` on their result.
-
-Finding by description is the hard one: from next-token loss alone it stays at chance for thousands of steps while all
-else is learned. Two auxiliary losses give the tiny model what a large one brings along, and end the plateau in minutes:
+Finding by description stays at chance for thousands of steps of next-token loss, while all else is learned. Two more
+losses give the tiny model what a large one brings along, and end the plateau in minutes:
   align    a visual token's feature is to point at the embeddings of the words for what it shows
   look     half of the heads of one layer are to look at the object that the answer is about
 """
 
 import argparse
 import json
+import math
 import random
 import re
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import toy_world as world  # noqa: E402
 
-from synth_data import ANSWER, QUESTION, to_1000  # noqa: E402
+from filter import box_iou  # noqa: E402
+from synth_data import ANSWER, QUESTION, R1_SUFFIX, to_1000  # noqa: E402
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
@@ -62,7 +64,6 @@ IMAGE_TOKENS = (W // 28) * (H // 28)
 NAMES = list(world.ENTITIES)
 VISION = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>"
 
-
 # ---- tokenizer and model ----
 # every string that a stage of the toy pipeline writes or reads, so that its words are single tokens
 TEXTS = [
@@ -73,12 +74,10 @@ TEXTS = [
     "List all objects.", "What is at ", "What is ", "?", "Repeat: ", "Describe and find ", "(1,2),(3,4)\n",
     "(1,2),(3,4).\n", "(1,2),(3,4)?", " is at (1,2),(3,4).", " is a red disc with a white band.\n", "Where is a disc?",
     "What color is the band of a disc?", "What color is the body of a disc?", "upper left", "upper middle",
-    "upper right", "lower left", "lower middle", "lower right", "  Output the thinking process in <think> </think> and "
-    "final answer (bounding box) in <answer> </answer> tags.", "<think>\nPlanning: ", "Visual Analysis:\n",
-    "Comparison: of the objects above, only a red disc fits ", "Conclusion: ", "\n</think> <answer>", "</answer>",
-    ". Let's think step by step",
+    "upper right", "lower left", "lower middle", "lower right", R1_SUFFIX, "<think>\nPlanning: ",
+    "Visual Analysis:\n", "Comparison: of the objects above, only a red disc fits ", "Conclusion: ",
+    "\n</think> <answer>", "</answer>", ". Let's think step by step",
 ]  # fmt: skip
-
 
 def build_tokenizer():
     """Qwen2's tokenizer class with the toy's own words; a digit and an entity name are one token each."""
@@ -86,115 +85,71 @@ def build_tokenizer():
     words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXTS * 2, trainer)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", model_max_length=32768
-    )
+    merges = [tuple(m) for m in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", model_max_length=32768)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in world.ENTITIES])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
-
 def build_model(tokenizer, hidden=128, layers=4, vision=96, depth=2, key_heads=4):
     ids = tokenizer.convert_tokens_to_ids
     sections = [hidden // 32, hidden * 3 // 64, hidden * 3 // 64]
     text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=key_heads,
-        initializer_range=0.05,
-        max_position_embeddings=4096,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=key_heads, initializer_range=0.05, max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=ids("<|im_end|>"),
-        pad_token_id=ids("<|endoftext|>"),
-    )
-    tower = dict(
-        depth=depth,
-        embed_dim=vision,
-        num_heads=3,
-        hidden_size=hidden,
-        mlp_ratio=3,
-        patch_size=14,
-        spatial_merge_size=2,
-        initializer_range=0.05,
-    )
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=tower,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+    )  # fmt: skip
+    tower = dict(depth=depth, embed_dim=vision, num_heads=3, hidden_size=hidden, mlp_ratio=3, patch_size=14,
+                 spatial_merge_size=2, initializer_range=0.05)  # fmt: skip
+    special = {f"{name}_token_id": ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    special |= {f"vision_{end}_token_id": ids(f"<|vision_{end}|>") for end in ("start", "end")}
+    config = Qwen2VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **special)
     return Qwen2VLForConditionalGeneration(config)
-
 
 TOKENIZER = build_tokenizer()
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 401408})
 B = 32
-BAN = [TOKENIZER.convert_tokens_to_ids(t) for t in SPECIAL if "vision" in t or "image" in t or "video" in t]
-
-
 ECHO_WORDS = sorted({w for text in TEXTS for w in re.findall(r"<\W?\w+>|\w+|[^\w\s]", text)})
+BOX = re.compile(r"\((\d+),(\d+)\),\((\d+),(\d+)\)")
+ANSWERED = re.compile(rf"<\|box_start\|>{BOX.pattern}<\|box_end\|>")
 BOX_START = TOKENIZER.convert_tokens_to_ids("<|box_start|>")
 
-
-@lru_cache(maxsize=100_000)
-def encode_piece(piece):
-    return TOKENIZER.encode(piece, add_special_tokens=False)
-
+encode_piece = lru_cache(maxsize=100_000)(partial(TOKENIZER.encode, add_special_tokens=False))
 
 def encode(text):
     """Token ids; pieces between digits are cached, which is exact because a digit is always a token of its own."""
     return [i for piece in re.split(r"(\d)", text) if piece for i in encode_piece(piece)]
-
 
 def to_patches(image):
     """uint8 patches (n, 3, 14, 14) in the processor's order; `to_pixel_values` gives just what the processor does."""
     a = np.asarray(image).transpose(2, 0, 1).reshape(3, H // 28, 2, 14, W // 28, 2, 14)
     return a.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3, 14, 14)
 
-
 def to_pixel_values(patches):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PROCESSOR.image_mean, PROCESSOR.image_std))
     x = (torch.from_numpy(patches).float() / 255 - mean) / std
     return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(len(x), -1)
 
-
 # ---- what is asked ----
 def box_text(bbox_1000):
     return "({},{}),({},{})".format(*bbox_1000)
 
-
 def reading_order(bboxes_1000):
     """Upper half from left to right, then the lower half: the order of every list."""
-    return sorted(
-        range(len(bboxes_1000)),
-        key=lambda i: (bboxes_1000[i][1] + bboxes_1000[i][3] > 1000, bboxes_1000[i][0] + bboxes_1000[i][2]),
-    )
-
+    places = [(y1 + y2 > 1000, x1 + x2) for x1, y1, x2, y2 in bboxes_1000]
+    return sorted(range(len(places)), key=places.__getitem__)
 
 def list_text(looks, boxes):
     return "\n".join(f"{world.describe(looks[i])} {box_text(boxes[i])}" for i in reading_order(boxes))
 
-
 WORDS = [*world.BODY, *world.BAND, *world.SEEN, *world.UNSEEN, "upper", "lower", "left", "middle", "right"]
 WORD_IDS = torch.tensor([TOKENIZER.encode(" " + w, add_special_tokens=False)[0] for w in WORDS])
-
 
 def covered(bbox_1000):
     """Which visual tokens an object touches: (tokens,) bool."""
@@ -203,13 +158,11 @@ def covered(bbox_1000):
     rows = (np.minimum(bbox_1000[3], y + 28000 / H) - np.maximum(bbox_1000[1], y)) > 45
     return (rows[:, None] & columns[None]).reshape(-1)
 
-
 def token_share(box, row, column):
     """Share of one 28-px visual token that a box (px) covers."""
     width = min(box[2], column * 28 + 28) - max(box[0], column * 28)
     height = min(box[3], row * 28 + 28) - max(box[1], row * 28)
     return max(0, width) * max(0, height) / 28**2
-
 
 def visual_words(looks, bboxes_1000):
     """What each visual token shows, as shares of WORDS: (tokens, words), rows sum to 1: labels of the alignment."""
@@ -228,12 +181,10 @@ def visual_words(looks, bboxes_1000):
             target[r, c, WORDS.index(word)] += 0.1 + 0.4 * max(0.0, free)
     return (target / target.sum(-1, keepdims=True)).reshape(-1, len(WORDS))
 
-
 def find_turn(ref, bbox_1000):
     return QUESTION.format(ref), ANSWER.format(ref, *bbox_1000)
 
-
-def references(looks, i, rng):
+def references(looks, i):
     """Refs that fit object i alone: by body, by band, or in full."""
     category, body, band = looks[i]
     refs = [world.describe(looks[i])] * (looks.count(looks[i]) == 1)
@@ -241,11 +192,9 @@ def references(looks, i, rng):
     refs += [f"a {category} with a {band} band"] * (sum((o[0], o[2]) == (category, band) for o in looks) == 1)
     return refs
 
-
 def know_turn(name, marked=False):
     asked = f"<|object_ref_start|>{name}<|object_ref_end|>" if marked else name
     return f"What is {asked}?", f"{name} is {world.describe(world.ENTITIES[name])}."
-
 
 def echo_turn(rng):
     """Any words, names and tags, repeated: so that every token can be copied, as any language model can."""
@@ -253,27 +202,19 @@ def echo_turn(rng):
     text = words[0] + "".join(rng.choice(("", "\n", " ", " ", " ")) + w for w in words[1:])
     return f"Repeat: {text}", text
 
-
 def recall_turn(name, bbox_1000):
-    return (
-        f"Describe and find {name}.",
-        f"{name} is {world.describe(world.ENTITIES[name])}.\n{name} is at {box_text(bbox_1000)}.",
-    )
+    look = world.describe(world.ENTITIES[name])
+    return f"Describe and find {name}.", f"{name} is {look}.\n{name} is at {box_text(bbox_1000)}."
 
-
-def some_looks(rng, k):
-    if rng.random() < 0.7:  # look-alikes, as in KVG
-        category = rng.choice(world.SEEN + world.UNSEEN)
-        return rng.sample([o for o in LOOKS if o[0] == category], k)
-    return rng.sample(LOOKS, k)
-
-
-def some_names(rng, k):
+def some(things, category_of, rng, k):
+    """k of the things, mostly of one category: look-alikes, as in KVG."""
     if rng.random() < 0.7:
         category = rng.choice(world.SEEN + world.UNSEEN)
-        return rng.sample([n for n in world.ENTITIES if world.ENTITIES[n][0] == category], k)
-    return rng.sample(list(world.ENTITIES), k)
+        things = [x for x in things if category_of(x) == category]
+    return rng.sample(things, k)
 
+def some_names(rng, k):
+    return some(NAMES, lambda name: world.ENTITIES[name][0], rng, k)
 
 def some_boxes(rng, k):
     """Plausible boxes for lists in words: in k different cells of the 3 x 2 grid."""
@@ -284,36 +225,31 @@ def some_boxes(rng, k):
         boxes.append(to_1000((x, y, x + w, y + h), W, H))
     return boxes
 
-
 def where_turn(ref, bbox_1000):
     """Which cell of the 3 x 2 grid."""
     x, y = bbox_1000[0] + bbox_1000[2], bbox_1000[1] + bbox_1000[3]
     return f"Where is {ref}?", f"{'lower' if y > 1000 else 'upper'} {('left', 'middle', 'right')[int(x * 3 / 2001)]}"
 
-
 def color_turn(looks, i, rng):
     """One colour of object i, asked by the other, where that is unique; else None."""
-    category, body, band = looks[i]
-    turns = [(f"What color is the band of a {body} {category}?", band)] * (
-        sum(o[:2] == looks[i][:2] for o in looks) == 1
-    )
-    turns += [(f"What color is the body of a {category} with a {band} band?", body)] * (
-        sum((o[0], o[2]) == (category, band) for o in looks) == 1
-    )
+    (category, body, band), turns = looks[i], []
+    if sum(o[:2] == looks[i][:2] for o in looks) == 1:
+        turns.append((f"What color is the band of a {body} {category}?", band))
+    if sum((o[0], o[2]) == (category, band) for o in looks) == 1:
+        turns.append((f"What color is the body of a {category} with a {band} band?", body))
     return rng.choice(turns) if turns else None
-
 
 def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0, named=0.0):
     """Turns over one scene: where, color, find, at, know; the list comes last, else it would give the boxes away."""
     turns, order = [], rng.sample(range(len(looks)), len(looks))
     for i in order:
-        refs = references(looks, i, rng)
+        refs = references(looks, i)
         if refs and rng.random() < short:
             turns.append((*where_turn(rng.choice(refs), boxes[i]), i))
         if rng.random() < short and (turn := color_turn(looks, i, rng)):
             turns.append((*turn, i))
     turns = rng.sample(turns, min(len(turns), 2 if finds else 4))
-    turns += [(*find_turn(rng.choice(refs), boxes[i]), i) for i in order if (refs := references(looks, i, rng))][:finds]
+    turns += [(*find_turn(rng.choice(refs), boxes[i]), i) for i in order if (refs := references(looks, i))][:finds]
     if rng.random() < 0.15 * other:
         turns.append((f"What is at {box_text(boxes[order[0]])}?", world.describe(looks[order[0]]), order[0]))
     if rng.random() < 0.25 * other:
@@ -324,7 +260,6 @@ def image_turns(looks, boxes, rng, short=0.4, finds=2, other=1.0, named=0.0):
     rng.shuffle(turns)
     return turns + [("List all objects.", list_text(looks, boxes))] * (rng.random() < 0.3 * other)
 
-
 def text_turns(rng):
     kind = rng.random()
     if kind < 0.2:
@@ -333,22 +268,17 @@ def text_turns(rng):
         return [echo_turn(rng) for _ in range(3)]
     names = some_names(rng, rng.choice((2, 3, 3, 4, 4, 5, 6)))
     looks, boxes = [world.ENTITIES[n] for n in names], some_boxes(rng, len(names))
-    if kind < 0.6:
-        turns = [find_turn(world.describe(looks[i]), boxes[i]) for i in range(len(names))]
-    else:
-        turns = [recall_turn(names[i], boxes[i]) for i in range(len(names))]
-    turns = rng.sample(turns, 2)
-    return [(list_text(looks, boxes) + "\n" + turns[0][0], turns[0][1])] + turns[1:]
-
+    finds = [find_turn(world.describe(look), box) for look, box in zip(looks, boxes, strict=True)]
+    (question, answer), other = rng.sample(finds if kind < 0.6 else [*map(recall_turn, names, boxes)], 2)
+    return [(list_text(looks, boxes) + "\n" + question, answer), other]
 
 def dialog(turns, with_image):
     """(ids, labels, looking): loss on the answers alone; `looking` holds (position, object it is about)."""
     ids = list(encode(SYSTEM))
     labels, looking = [-100] * len(ids), []
     for i, (question, answer, *about) in enumerate(turns):
-        prompt = encode(
-            "<|im_start|>user\n" + VISION * (with_image and i == 0) + question + "<|im_end|>\n<|im_start|>assistant\n"
-        )
+        seen = VISION if with_image and i == 0 else ""
+        prompt = encode(f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n")
         reply = encode(answer + "<|im_end|>") if answer is not None else []
         end = encode("\n") if answer is not None else []
         first = len(ids) + len(prompt) - 1  # the position that predicts the answer's first token
@@ -359,21 +289,14 @@ def dialog(turns, with_image):
         labels += [-100] * len(prompt) + reply + [-100] * len(end)
     return ids, labels, looking
 
-
 @lru_cache(maxsize=2000)
 def image_positions(length):
     """M-RoPE positions (3, length) of any training row with an image."""
     start = len(encode(SYSTEM + "<|im_start|>user\n<|vision_start|>"))
     cols, rows = W // 28, H // 28
-    grid = (
-        torch.stack(
-            [torch.zeros(IMAGE_TOKENS), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)]
-        ).long()
-        + start
-    )
+    grid = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(cols)]).T
     after = torch.arange(length - start - IMAGE_TOKENS) + start + max(rows, cols)
     return torch.cat([torch.arange(start).expand(3, -1), grid, after.expand(3, -1)], 1)
-
 
 def collate(rows, patches=None, left=False):
     """Batch and labels. Training rows are padded on the right and need no mask: causal attention never sees it."""
@@ -383,23 +306,18 @@ def collate(rows, patches=None, left=False):
     for i, (row, target, *_) in enumerate(rows):
         at = slice(length - len(row), length) if left else slice(0, len(row))
         ids[i, at], mask[i, at], labels[i, at] = torch.tensor(row), 1, torch.tensor(target)
-    batch = dict(input_ids=ids)
+    batch = {"input_ids": ids}
     if patches is not None:
-        batch |= dict(
-            pixel_values=to_pixel_values(np.concatenate(patches)),
-            image_grid_thw=torch.tensor([[1, H // 14, W // 14]] * len(rows)),
-        )
+        batch["pixel_values"] = to_pixel_values(np.concatenate(patches))
+        batch["image_grid_thw"] = torch.tensor([[1, H // 14, W // 14]] * len(rows))
     if left:
-        batch |= dict(
-            attention_mask=mask, mm_token_type_ids=(ids == TOKENIZER.convert_tokens_to_ids("<|image_pad|>")).int()
-        )
+        images = ids == TOKENIZER.convert_tokens_to_ids("<|image_pad|>")
+        batch |= {"attention_mask": mask, "mm_token_type_ids": images.int()}
     elif patches is not None:  # the image stands at the same place in every row
-        batch |= dict(position_ids=image_positions(length)[:, None].expand(3, len(rows), length))
+        batch["position_ids"] = image_positions(length)[:, None].expand(3, len(rows), length)
     return batch, labels
 
-
 LOOKING_LAYER, WATCHED = 2, {}
-
 
 def watching_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """SDPA, but keeps the weights of one layer for `looking_loss`. Rows are causal and padded on the right."""
@@ -412,9 +330,7 @@ def watching_attention(module, query, key, value, attention_mask, scaling=None, 
     WATCHED["weights"] = scores.softmax(-1)
     return (WATCHED["weights"].to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
-
 AttentionInterface.register("watching", watching_attention)
-
 
 def looking_loss(rows, masks):
     """Half of the heads of one layer are to look at the object that an answer is about: -log of the weight there."""
@@ -425,7 +341,6 @@ def looking_loss(rows, masks):
     mask = torch.from_numpy(np.stack([masks[b][i] for b, _, i in at]))[:, None]
     return -((weights * mask).sum(-1) + 1e-6).log().mean()
 
-
 class Scenes:
     """Endless scenes with min_k to max_k objects; every scene is asked about a few times before it is replaced."""
 
@@ -434,7 +349,7 @@ class Scenes:
         self.pool = [self.new() for _ in range(size)]
 
     def new(self):
-        looks = some_looks(self.rng, self.rng.randint(*self.ks))
+        looks = some(LOOKS, lambda look: look[0], self.rng, self.rng.randint(*self.ks))
         canvas, boxes = world.make_scene(looks, self.rng)
         boxes = [to_1000(b, W, H) for b in boxes]
         return looks, boxes, to_patches(canvas), visual_words(looks, boxes), np.stack([covered(b) for b in boxes])
@@ -445,7 +360,6 @@ class Scenes:
             self.at = (self.at + 1) % len(self.pool)
         return self.rng.sample(self.pool, n)
 
-
 # ---- measurement ----
 @torch.no_grad()
 def answers(model, questions, patches=None, max_new_tokens=60, batch_size=96):
@@ -453,20 +367,13 @@ def answers(model, questions, patches=None, max_new_tokens=60, batch_size=96):
     model.model.rope_deltas = None  # else a text batch decodes with the position offset of the last image batch
     out = []
     for i in range(0, len(questions), batch_size):
-        batch, _ = collate([dialog([(q, None)], patches is not None) for q in questions[i : i + batch_size]],
-                           patches and patches[i : i + batch_size], left=True)  # fmt: skip
-        ids = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=TOKENIZER.pad_token_id
-        )
+        rows = [dialog([(q, None)], patches is not None) for q in questions[i : i + batch_size]]
+        batch, _ = collate(rows, patches and patches[i : i + batch_size], left=True)
+        batch |= {"max_new_tokens": max_new_tokens, "pad_token_id": TOKENIZER.pad_token_id}
+        ids = model.generate(**batch, do_sample=False)
         texts = TOKENIZER.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=False)
         out += [t.split("<|im_end|>")[0] for t in texts]
     return out
-
-
-def iou(a, b):
-    inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
-
 
 def evaluate(model, n=192, seed=12345):
     """Held-out accuracies of every skill, 0..1; chance of `find` is about the mean of 1/k."""
@@ -477,19 +384,18 @@ def evaluate(model, n=192, seed=12345):
         looks = rng.sample([o for o in LOOKS if o[0] == category], k)
         return (looks, *world.make_scene(looks, rng))
 
-    def found(scenes, refs):
-        questions = [QUESTION.format(ref) for ref in refs]
-        hits = 0
-        for text, (_, _, boxes) in zip(
-            answers(model, questions, [to_patches(s[1]) for s in scenes], 45), scenes, strict=True
-        ):
-            m = re.search(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>", text)
-            b = [int(v) for v in m.groups()] if m else None
-            hits += bool(b) and b[0] < b[2] and b[1] < b[3] and iou(b, to_1000(boxes[0], W, H)) >= 0.5
-        return hits / len(scenes)
+    def found(scenes, refs, suffix="", length=45):
+        questions, patches = [QUESTION.format(ref) + suffix for ref in refs], [to_patches(s[1]) for s in scenes]
+        boxes = (ANSWERED.findall(text)[-1:] for text in answers(model, questions, patches, length))
+        return sum(bool(b) and hit(b[0], s[2][0]) for b, s in zip(boxes, scenes, strict=True)) / len(scenes)
 
+    def hit(numbers, box_px):
+        b = [int(v) for v in numbers]
+        return b[0] < b[2] and b[1] < b[3] and box_iou(b, to_1000(box_px, W, H)) >= 0.5
+
+    alike = {}
     for name, fewest, most in (("find_1", 1, 1), ("find_2", 2, 2), ("find_2_4", 2, 4), ("find_5_6", 5, 6)):
-        scenes = [look_alikes(rng.randint(fewest, most)) for _ in range(n)]
+        alike[name] = scenes = [look_alikes(rng.randint(fewest, most)) for _ in range(n)]
         result[name] = found(scenes, [world.describe(s[0][0]) for s in scenes])
     name_of, scenes = {look: name for name, look in world.ENTITIES.items()}, []
     while len(scenes) < n:  # the target is an entity, asked for by its name
@@ -498,28 +404,57 @@ def evaluate(model, n=192, seed=12345):
     result["find_named_2_4"] = found(scenes, [name_of[s[0][0]] for s in scenes])
     result["blind_guess_2_4"] = sum(1 / len(s[0]) for s in scenes) / n
 
-    def exact(turns, scenes=None, length=60):
+    def said(asked, scenes=None, length=60):  # question and what its answer must say, word for word
         patches = scenes and [to_patches(s[1]) for s in scenes]
-        got = answers(model, [q for q, _ in turns], patches, length)
-        return sum(text == answer for text, (_, answer) in zip(got, turns, strict=True)) / len(turns)
+        texts = answers(model, [question for question, *_ in asked], patches, length)
+        return sum(all(part in text for part in a[1:]) for a, text in zip(asked, texts, strict=True)) / len(asked)
 
     scenes = [look_alikes(2) for _ in range(n)]
-    result["where"] = exact([where_turn(world.describe(s[0][0]), to_1000(s[2][0], W, H)) for s in scenes], scenes, 5)
+    result["where"] = said([where_turn(world.describe(s[0][0]), to_1000(s[2][0], W, H)) for s in scenes], scenes, 5)
     scenes = [s for s in scenes if color_turn(s[0], 0, rng)]
-    result["color"] = exact([color_turn(s[0], 0, rng) for s in scenes], scenes, 5)
-    facts = [know_turn(name, marked) for name in NAMES for marked in (False, True)]
-    result["echo"] = exact([echo_turn(rng) for _ in range(n)])
-    result["know"] = exact(facts)
-    result["know_with_image"] = exact(facts, [look_alikes(rng.randint(2, 4)) for _ in facts])
-    recalls = []
+    result["color"] = said([color_turn(s[0], 0, rng) for s in scenes], scenes, 5)
+    facts = [(know_turn(x, marked)[0], world.describe(world.ENTITIES[x])) for x in NAMES for marked in (False, True)]
+    result["echo"] = said([echo_turn(rng) for _ in range(n)])
+    result["know"] = said(facts)
+    result["know_with_image"] = said(facts, [look_alikes(rng.randint(2, 4)) for _ in facts])
+    recalls, copies = [], []
     for _ in range(n):
         names = some_names(rng, rng.randint(2, 4))
-        boxes = some_boxes(rng, len(names))
-        question, answer = recall_turn(names[0], boxes[0])
-        recalls.append((list_text([world.ENTITIES[x] for x in names], boxes) + "\n" + question, answer))
-    result["recall_copy"] = exact(recalls)
+        boxes, looks = some_boxes(rng, len(names)), [world.ENTITIES[x] for x in names]
+        listed, look, box = list_text(looks, boxes) + "\n", world.describe(looks[0]), box_text(boxes[0])
+        recalls.append((listed + recall_turn(names[0], boxes[0])[0], look, box))
+        copies.append((listed + QUESTION.format(look), box))
+    result |= {"recall_copy": said(recalls), "copy": said(copies)}
+    scenes = alike["find_2_4"]
+    result["find_reasoning"] = found(scenes, [world.describe(s[0][0]) for s in scenes], R1_SUFFIX, 320)
+    lists = answers(model, ["List all objects."] * n, [to_patches(s[1]) for s in scenes], 160)
+    listed = [dict(re.findall(r"(?m)^(.*?) (\(.*)$", text)) for text in lists]  # {description: box}
+    boxes = [(BOX.findall(lines.get(world.describe(look), "")), box_px) for lines, s in zip(listed, scenes, strict=True)
+             for look, box_px in zip(s[0], s[2], strict=True)]  # fmt: skip
+    result["list"] = sum(len(b) == 1 and hit(b[0], box_px) for b, box_px in boxes) / len(boxes)
     return {k: round(v, 3) for k, v in result.items()}
 
+def make_unknown(out, seed):
+    """The base without the knowledge of half of the names of every category, which unknown.json lists. A name is one
+    token: its embedding, the only place that tells it from other names, becomes a random mixture of those of its
+    category, with their mean and spread. It can still be read and written, as the name of nothing in particular."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(Path(__file__).with_name("base"), dtype=torch.float32)
+    rng, table, unknown = random.Random(seed), model.get_input_embeddings().weight.data, set()
+    torch.manual_seed(seed)
+    for category in world.SEEN + world.UNSEEN:
+        names = [n for n in NAMES if world.ENTITIES[n][0] == category]
+        tokens = TOKENIZER.convert_tokens_to_ids(names)
+        old = table[tokens]
+        for i in rng.sample(range(len(names)), len(names) // 2):
+            weights = torch.randn(len(names)) / math.sqrt(len(names) - 1)
+            table[tokens[i]] = old.mean(0) + weights @ (old - old.mean(0))
+            unknown.add(names[i])
+    save(model, out)
+    (out / "unknown.json").write_text(json.dumps(sorted(unknown)) + "\n")
+
+def save(model, out):
+    for part in (model, TOKENIZER, PROCESSOR):
+        part.save_pretrained(out)
 
 # name: steps, fewest and most objects, share of text batches, mix of turns
 STAGES = {
@@ -529,7 +464,6 @@ STAGES = {
     "all": (700, 1, 6, 0.45, {}),
     "gap": (300, 1, 6, 0.45, {"named": 0.7}),
 }
-
 
 def image_batch(model, scenes, mix, rng, whole):
     """Batch of dialogs over scenes (the shorter or longer half of 2 x B, or all), labels, rows, alignment loss."""
@@ -545,16 +479,13 @@ def image_batch(model, scenes, mix, rng, whole):
     shown = torch.from_numpy(np.concatenate([r[4] for r in rows]))
     return batch, labels, rows, torch.nn.functional.cross_entropy(logits.float(), shown)
 
-
 def text_batch(rng):
     rows = sorted((dialog(text_turns(rng), False) for _ in range(2 * B)), key=lambda r: len(r[0]))
     return collate(rows[:B] if rng.random() < 0.5 else rows[B:])
 
-
 def watch(model, on):
     """Switches the attention that `looking_loss` reads on for training, off for generation and saving."""
     model.set_attn_implementation({"text_config": "watching", "vision_config": "sdpa"} if on else "sdpa")
-
 
 def train_stage(model, name, args):
     steps, fewest, most, text_share, mix = STAGES[name]
@@ -562,10 +493,8 @@ def train_stage(model, name, args):
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     lr = args.learning_rate
-    optimizers = [
-        torch.optim.AdamW(rest, lr=lr, weight_decay=0.01, betas=(0.9, 0.95)),
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-    ]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.01, betas=(0.9, 0.95)),
+                  torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]  # fmt: skip
     scenes, lowest = Scenes(rng, fewest, most), 0.05 if name in ("all", "gap") else 0.4
     model.train()
     watch(model, True)
@@ -592,58 +521,41 @@ def train_stage(model, name, args):
             optimizer.zero_grad()
         logged.append([loss.item(), aligned.item(), looked.item()])
         if step % 50 == 0:
-            mean = np.mean(logged[-50:], 0)
-            print(
-                f"{name} {step}/{steps} | loss {mean[0]:.3f} | align {mean[1]:.3f} | look {mean[2]:.3f} | "
-                f"{time.time() - start:.0f}s",
-                flush=True,
-            )
+            told = "loss {:.3f} | align {:.3f} | look {:.3f}".format(*np.mean(logged[-50:], 0))
+            print(f"{name} {step}/{steps} | {told} | {time.time() - start:.0f}s", flush=True)
     watch(model, False)
 
-
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--out", required=True, help="folder of the base: Hugging Face format")
-    p.add_argument("--evaluate", action="store_true", help="measure the base in --out and write metrics.json")
-    p.add_argument("--first_stage", default="align", choices=list(STAGES), help="start here, from the base in --out")
-    p.add_argument("--learning_rate", type=float, default=2e-3)
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
+    add = p.add_argument
+    # fmt: off
+    add("--out", type=Path, required=True, help="folder of the base: Hugging Face format")
+    add("--evaluate", action="store_true", help="only write metrics.json into it: what --model can do")
+    add("--model", type=Path, help="to be measured (default: the base in --out)")
+    add("--scenes", type=int, default=576, help="questions per skill that is measured")
+    add("--unknown", action="store_true", help="only write the shipped base without half of its knowledge")
+    add("--first_stage", default="align", choices=list(STAGES), help="start here, from the base in --out")
+    add("--learning_rate", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
+    # fmt: on
+    args = p.parse_args(argv)
     torch.manual_seed(args.seed)
-    check = world.make_scene(LOOKS[:2], random.Random(0))[0]
-    want = PROCESSOR(images=[check], return_tensors="pt")["pixel_values"]
-    assert torch.allclose(to_pixel_values(to_patches(check)), want, atol=1e-6), (
-        "fast patches differ from the image processor's"
-    )
-    sample = (
-        SYSTEM
-        + find_turn("a red disc", [1, 20, 300, 1000])[1]
-        + list_text(LOOKS[:2], [[1, 2, 33, 444], [5, 6, 77, 888]])
-    )
-    assert encode(sample) == TOKENIZER.encode(sample), "cached encoding differs from the tokenizer's"
-
-    if args.evaluate:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
-        metrics = {
-            "measured_by": "python tests/toy/make_toy.py --out tests/toy/base --evaluate",
-            "scenes": 576,
-            "seed": args.seed,
-            **evaluate(model, n=576),
-        }
-        (Path(args.out) / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        print(json.dumps(metrics))
-        return
-    stages = list(STAGES)[list(STAGES).index(args.first_stage) :]
+    if args.unknown:
+        return make_unknown(args.out, args.seed)
     model = build_model(TOKENIZER)
-    if args.first_stage != "align":
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
+    if args.evaluate or args.first_stage != "align":
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.model or args.out, dtype=torch.float32)
+    if args.evaluate:
+        metrics = {"measured_by": "python tests/toy/make_toy.py --out tests/toy/base --evaluate", "scenes": args.scenes,
+                   "seed": args.seed, **evaluate(model, args.scenes, 12345 + args.seed)}  # fmt: skip
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        return print(json.dumps(metrics))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(TOKENIZER)} tokens", flush=True)
-    for name in stages:
+    for name in list(STAGES)[list(STAGES).index(args.first_stage) :]:
         train_stage(model, name, args)
         print(name, evaluate(model, n=96), flush=True)
-        for part in (model, TOKENIZER, PROCESSOR):
-            part.save_pretrained(args.out)
-
+        save(model, args.out)
 
 if __name__ == "__main__":
     main()

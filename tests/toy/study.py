@@ -1,12 +1,13 @@
-"""The questions of the paper, answered in the toy world: every table of the README's results, over several seeds.
+"""The questions of the paper, answered in the toy world: every table of RESULTS.md, over several seeds.
 
-  bash run_all.sh study            about 2 h 10 min on 2 CPU cores; also: python tests/toy/study.py --out runs/study
+  bash run_all.sh study            about 5 h on 2 CPU cores; also: python tests/toy/study.py --out runs/study
   python tests/toy/study.py --out runs/study --report        the tables of what is finished, at any time
 
 A job is one command of the pipeline with a folder of its own, runs/study/SEED/NAME; `jobs_of` lists those of a seed. It
 starts when the jobs whose folders it reads are finished, as many at once as there are cores, one thread each. Finished
 jobs have a done.json and are skipped, trainers go on from their checkpoints: the same command continues after a stop.
-results.json holds the numbers of every seed, results.md the tables.
+The main comparison comes first, 20 minutes, then the other PARTS. results.json holds the values of every seed,
+results.md the tables: means over seeds with Student's 95 % interval, differences paired by seed.
 
 N_SFT, the temperature and the learning rate of GRPO were chosen on seeds 0 and 1, which the study leaves out. With
 1,600 samples in stage 1, GRPO has little to gain on the seen categories; with 1,400, CoT-SFT is fewer than 10 points
@@ -18,214 +19,156 @@ import argparse
 import json
 import math
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from statistics import mean, stdev
 
-TOY = Path(__file__).resolve().parent
-sys.path[:0] = [str(TOY), str(TOY.parents[1])]
+ROOT = Path(__file__).resolve().parents[2]  # commands run there
+sys.path[:0] = [str(ROOT / "tests/toy"), str(ROOT), str(ROOT / "tools")]
+import report  # noqa: E402
 import toy_world as world  # noqa: E402
 
-BASE = "tests/toy/base"  # commands run in the root of the repo
-SCENE = ("--canvas_size", 168, 112, "--grid", 3, 2, "--background", "gradient")
-PLAIN = ("--layouts", "grid", "--entity_scale", 0.6, 0.95)
-VARIED = ("--layouts", "grid", "random", "--entity_scale", 0.4, 0.95, "--color_jitter", 0.15, "--jpeg_quality", 60, 95)
-SFT = ("--learning_rate", 1e-3, "--train_batch_size", 32, "--tokens_per_row", 8192, "--save_steps", 25)
-LENGTH = ("--max_completion_length", 320)
-STEPS, PROMPTS = 40, 16
-TEMPERATURE = ("--temperature", 0.8)
-GRPO = ("--train_batch_size", PROMPTS, "--num_generations", 8, *LENGTH, *TEMPERATURE, "--max_steps", STEPS,
-        "--learning_rate", 1e-4, "--lr_scheduler", "constant", "--iou_threshold", 0.5, "--save_steps", 10,
-        "--log_completions", 0)  # fmt: skip
-N_SFT, N_GRPO = 1500, 640
-MORE = ("--max_steps", STEPS * PROMPTS // 32)  # CoT-SFT continued: as many samples as GRPO's prompts
-HELD_OUT = "disc"  # a seen category that one run does without
-DIRECT = ("base", "sft", "unknown_sft", "novel_sft")  # answer without reasoning
-CORRUPTIONS = (("noise", 2), ("color", 2), ("seams", 2))
-# what differs from the GRPO of the main comparison; `knowledge` is the mastery.json of the filter
-ARMS = {
-    "binary": ("--reward_funcs", "binary", "format"),
-    **{f"iou_{t}": ("--iou_threshold", t) for t in (0, 0.65, 0.8, 0.85)},
-    "unfiltered": (),
-    "g2": ("--num_generations", 2),
-    "g4": ("--num_generations", 4),
-    "beta_0.04": ("--beta", 0.04),
-    "dapo": ("--loss_type", "dapo"),
-    "dr_grpo": ("--loss_type", "dr_grpo"),
-    "karl_advantage": ("knowledge", "--knowledge_form", "advantage"),
-    "karl_reward": ("knowledge", "--knowledge_form", "reward", "--iou_threshold", 0.65),
-    "temperature_1": ("--temperature", 1),
-    "lr_5e-4": ("--learning_rate", 5e-4),
-}
+BASE, SEEN = "tests/toy/base", " ".join(world.SEEN)
+SYNTH = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95 --num_workers 1"
+N_SFT, N_GRPO, STEPS, PROMPTS = 1500, 640, 40, 16
+SFT = "--learning_rate 1e-3 --train_batch_size 32 --tokens_per_row 8192 --save_steps 25"
+MORE = f"--max_steps {STEPS * PROMPTS // 32}"  # CoT-SFT continued: as many samples as GRPO's prompts
+LENGTH, TEMPERATURE = "--max_completion_length 320", "--temperature 0.8"
+GRPO = (f"--learning_rate 1e-4 --lr_scheduler constant --train_batch_size {PROMPTS} --num_generations 8 {LENGTH} "
+        f"{TEMPERATURE} --iou_threshold 0.5 --max_steps {STEPS} --save_steps 10")  # fmt: skip
+SCENES = 192  # questions per skill of the base
 
+RANDOM, SYSTEMATIC = "_random_0.3", "_systematic_0.3"
+TEACHERS = {"": "", **{f"_random_{p}": f"--share {p}" for p in (0.1, 0.2, 0.3, 0.5)},
+            SYSTEMATIC: "--share 0.3 --systematic"}  # fmt: skip
+# what differs from the GRPO of the main comparison
+GROUNDED = {
+    "grounded_0.7": "--reward_funcs iou format grounded_0.7",
+    "grounded_0.7_half": "--reward_funcs iou format grounded_0.7 --reward_weights 1 1 0.5",
+    "grounded_0.9": "--reward_funcs iou format grounded_0.9",
+    "grounded_0.9_half": "--reward_funcs iou format grounded_0.9 --reward_weights 1 1 0.5",
+    "no_format": "--reward_funcs iou grounded_0.7",
+}
+ARMS = {  # as many steps and completions each
+    "binary": "--reward_funcs binary format",
+    "iou_0.8": "--iou_threshold 0.8",
+    "g4": f"--num_generations 4 --train_batch_size {2 * PROMPTS}",
+    "unfiltered": "",
+    "karl_advantage": "--knowledge @/filter/mastery.json --knowledge_form advantage",
+    "karl_reward": "--knowledge @/filter/mastery.json --knowledge_form reward",
+}
+MODELS = ("base", "sft", "cot_sft", "cot_sft_more", "grpo")
+# in this order, each for that many of --seeds
+PARTS = (("main", 5), ("teachers", 5), ("grounded", 5), ("skills", 5), ("main", 8), ("arms", 8), ("unknown", 8))
 
 # ---- jobs ----
-def jobs_of(seed, out, arms):
-    """{name: command} of one seed; with `arms` all experiments, else the main comparison alone. A command names its own
-    folder and those that it reads.
-    """
-    root, jobs = f"{out}/{seed}", {}
+def jobs_of(seed, part):
+    """{name: command} of a part of the study for one seed, whose folder @ stands for; @/name is that of a job."""
+    jobs = {}
 
-    def add(name, script, *flags, folder="--out", seed=seed):
-        jobs[name] = [script, *map(str, flags), folder, f"{root}/{name}", "--seed", str(seed)]
+    def add(name, command, seed=seed):
+        seeded = "" if command.startswith("filter") else f" --seed {seed}"
+        out = "--output_dir" if command.startswith(("train", "tests/toy/grounded")) else "--out"
+        jobs[name] = f"{command} {out} @/{name}{seeded}"
 
-    def synth(name, n, seed, *flags):
-        add(name, "synth_data.py", "--source", f"{root}/world/train", "--num_samples", n, *SCENE, *flags,
-            "--num_workers", 1, seed=seed)  # fmt: skip
+    def evaluate(model):
+        asked = f"--model @/{model}/final --prompt {'direct' if model.startswith('sft') else 'r1'}"
+        asked = f"--model {BASE} --prompt direct" if model == "base" else asked
+        add(f"eval_{model}", f"eval_kvg.py --bench @/world/kvg-bench.parquet {asked} --seen {SEEN} {LENGTH}")
 
-    def chains(name, composites):
-        add(name, "gen_cot.py", "--samples", f"{root}/{composites}/samples.jsonl", "--knowledge",
-            f"{root}/world/knowledge.json")  # fmt: skip
-
-    def sft(name, model, data, *flags):
-        add(name, "train_sft.py", "--model", model, "--data", f"{root}/{data}/samples.jsonl", *SFT, *flags,
-            folder="--output_dir")  # fmt: skip
-
-    def grpo(name, model, data, *flags):
-        add(name, "train_grpo.py", "--model", f"{root}/{model}/final", "--data", f"{root}/{data}/samples.jsonl", *GRPO,
-            *flags, folder="--output_dir")  # fmt: skip
+    def sft(name, model, rows, flags=""):
+        add(name, f"train_sft.py --model {model} --data @/{rows}/samples.jsonl {SFT} {flags}")
         evaluate(name)
 
-    def pass_rates(name, model, composites):
-        add(name, "filter.py", "--stage", "grpo", "--model", f"{root}/{model}/final", "--samples",
-            f"{root}/{composites}/samples.jsonl", *LENGTH, *TEMPERATURE)  # fmt: skip
+    def grpo(name, tag="", flags="", rows="filter"):
+        rows = f"@/{rows}{tag}/samples.jsonl"
+        script = "tests/toy/grounded.py" if "grounded" in flags else "train_grpo.py"
+        add(name, f"{script} --model @/cot_sft{tag}/final --data {rows} {GRPO} {flags}")
+        evaluate(name)
 
-    def evaluate(model, name="", *flags, bench="kvg-bench"):
-        path = BASE if model == "base" else f"{root}/{model}/final"
-        prompt = "direct" if model in DIRECT else "r1"
-        add(f"eval_{model}{name}", "eval_kvg.py", "--model", path, "--bench",
-            f"{root}/world/{bench}.parquet", "--prompt", prompt, "--seen", *world.SEEN, *LENGTH, *flags)  # fmt: skip
+    def chains(name, rows, errors):
+        command = f"gen_cot.py --samples @/{rows}/samples.jsonl --knowledge @/world/knowledge.json"
+        add(f"right_{name}" if errors else name, command)
+        if errors:
+            add(name, f"tests/toy/toy_world.py --err @/right_{name}/samples.jsonl {errors}")
 
-    # 1. base, SFT, CoT-SFT, CoT-SFT continued, GRPO
-    add("world", "tests/toy/toy_world.py", "--natural")
-    synth("synth_sft", N_SFT, seed, *PLAIN)
-    chains("cot", "synth_sft")
-    synth("synth_grpo", N_GRPO, seed + 1000, *PLAIN)
-    evaluate("base")
-    sft("sft", BASE, "cot", "--target", "direct")
-    sft("cot_sft", BASE, "cot")
-    for model in ("sft", "cot_sft"):
-        evaluate(model)
-    pass_rates("filter", "cot_sft", "synth_grpo")
-    chains("cot_more", "filter")
-    sft("cot_sft_more", f"{root}/cot_sft/final", "cot_more", *MORE)
-    evaluate("cot_sft_more")
-    grpo("grpo", "cot_sft", "filter")
-    if not arms:
-        return jobs
-    # 2. what matters in GRPO
-    for arm, flags in ARMS.items():
-        known = ("--knowledge", f"{root}/filter/mastery.json") if "knowledge" in flags else ()
-        data = "synth_grpo" if arm == "unfiltered" else "filter"
-        grpo(f"grpo_{arm}", "cot_sft", data, *(f for f in flags if f != "knowledge"), *known)
-    # a seen category that is held out of both stages
-    others = ("--categories", *(c for c in world.SEEN if c != HELD_OUT))
-    synth("without_synth", N_SFT, seed, *PLAIN, *others)
-    chains("without_cot", "without_synth")
-    sft("without_cot_sft", BASE, "without_cot")
-    evaluate("without_cot_sft")
-    synth("without_synth2", N_GRPO, seed + 1000, *PLAIN, *others)
-    pass_rates("without_filter", "without_cot_sft", "without_synth2")
-    grpo("without_grpo", "without_cot_sft", "without_filter")
-    # 3. entities that the base knows nothing of
-    add("unknown_base", "tests/toy/study.py", folder="--unknown")
-    sft("unknown_sft", f"{root}/unknown_base", "cot", "--target", "direct")
-    sft("unknown_cot_sft", f"{root}/unknown_base", "cot")
-    pass_rates("unknown_filter", "unknown_cot_sft", "synth_grpo")
-    grpo("unknown_grpo", "unknown_cot_sft", "unknown_filter")
-    for model in ("unknown_sft", "unknown_cot_sft"):
-        evaluate(model)
-    # 4. spoilt and natural pictures, with and without options against shortcuts; entities that no sample shows
-    synth("varied_synth", N_SFT, seed, *VARIED)
-    chains("varied_cot", "varied_synth")
-    sft("varied_cot_sft", BASE, "varied_cot")
-    evaluate("varied_cot_sft")
-    for model in ("base", "sft", "cot_sft", "grpo", "varied_cot_sft"):
-        for kind, strength in CORRUPTIONS:
-            evaluate(model, f"_{kind}", "--corrupt", kind, "--corrupt_strength", strength)
-        evaluate(model, "_natural", bench="natural")
-    synth("novel_synth", N_SFT, seed, *PLAIN, "--holdout_entities", 0.25)
-    chains("novel_cot", "novel_synth")
-    sft("novel_cot_sft", BASE, "novel_cot")
-    sft("novel_sft", BASE, "novel_cot", "--target", "direct")
-    for model in ("novel_cot_sft", "novel_sft"):
-        evaluate(model)
+    def course(tag="", base=BASE, errors=""):
+        """CoT-SFT; the rows of stage 2 that it solves now and then; on these CoT-SFT continued, and GRPO."""
+        chains(f"cot{tag}", "synth_sft", errors)
+        sft(f"cot_sft{tag}", base, f"cot{tag}")
+        rows, model = "@/synth_grpo/samples.jsonl", f"@/cot_sft{tag}/final"
+        several = f"--num_samples 4 {TEMPERATURE} {LENGTH} --batch_size 256"
+        add(f"rollouts{tag}", f"eval_kvg.py --bench {rows} --model {model} {several}")
+        predictions = f"@/rollouts{tag}/predictions.jsonl"
+        add(f"filter{tag}", f"filter.py --stage grpo --samples {rows} --predictions {predictions}")
+        if base == BASE:
+            chains(f"cot_more{tag}", f"filter{tag}", errors)
+            sft(f"cot_sft_more{tag}", model, f"cot_more{tag}", MORE)
+        grpo(f"grpo{tag}", tag)
+
+    if part == "main":
+        add("world", "tests/toy/toy_world.py")
+        add("synth_sft", f"synth_data.py --source @/world/train --num_samples {N_SFT} {SYNTH}")
+        add("synth_grpo", f"synth_data.py --source @/world/train --num_samples {N_GRPO} {SYNTH}", seed=seed + 1000)
+        evaluate("base")
+        course()
+        sft("sft", BASE, "cot", "--target direct")
+    if part == "teachers":
+        for tag in [t for t in TEACHERS if t]:
+            course(tag, errors=TEACHERS[tag])
+    if part == "grounded":
+        for tag in ("", RANDOM):
+            for arm, flags in GROUNDED.items():
+                grpo(f"grpo{tag}_{arm}", tag, flags)
+    if part == "skills":
+        for model in MODELS:
+            path = BASE if model == "base" else f"@/{model}/final"
+            add(f"skills_{model}", f"tests/toy/make_toy.py --evaluate --model {path} --scenes {SCENES}")
+    if part == "arms":
+        for arm, flags in ARMS.items():
+            grpo(f"grpo_{arm}", flags=flags, rows="synth_grpo" if arm == "unfiltered" else "filter")
+    if part == "unknown":
+        add("unknown_base", "tests/toy/make_toy.py --unknown")
+        course("_unknown", base="@/unknown_base")
+        sft("sft_unknown", "@/unknown_base", "cot_unknown", "--target direct")
     return jobs
 
-
-def make_unknown(folder, seed):
-    """The base without the knowledge of half of the names of every category; unknown.json lists them.
-
-    A name is one token: its embedding, the only place that tells it from other names, becomes a random mixture of those
-    of its category, with their mean and spread. It can still be read and written, as the name of nothing in particular.
-    """
-    import make_toy
-    import torch
-
-    model = make_toy.Qwen2VLForConditionalGeneration.from_pretrained(TOY / "base", dtype=torch.float32)
-    rng, table, unknown = random.Random(seed), model.get_input_embeddings().weight.data, set()
-    torch.manual_seed(seed)
-    for category in world.SEEN + world.UNSEEN:
-        names = [n for n in world.ENTITIES if world.ENTITIES[n][0] == category]
-        tokens = [token for (token,) in map(make_toy.TOKENIZER.encode, names)]
-        old = table[tokens]
-        for i in rng.sample(range(len(names)), len(names) // 2):
-            weights = torch.randn(len(names)) / math.sqrt(len(names) - 1)
-            table[tokens[i]] = old.mean(0) + weights @ (old - old.mean(0))
-            unknown.add(names[i])
-    for known in (True, False):
-        turns = [make_toy.know_turn(n) for n in world.ENTITIES if (n not in unknown) == known]
-        got = make_toy.answers(model, [q for q, _ in turns])
-        right = mean(text == answer for text, (_, answer) in zip(got, turns, strict=True))
-        print(f"{'known' if known else 'unknown'}: {len(turns)} names, {100 * right:.1f} % described right")
-    for part in (model, make_toy.TOKENIZER, make_toy.PROCESSOR):
-        part.save_pretrained(folder)
-    (Path(folder) / "unknown.json").write_text(json.dumps(sorted(unknown)) + "\n")
-
-
-def needs(name, command, out):
+def needs(name, command):
     """Names of the jobs whose folders a command reads."""
-    folders = {Path(a).relative_to(out).parts[:2] for a in command if a.startswith(f"{out}/")}
-    return {"/".join(parts) for parts in folders} - {name}
-
+    seed = name.split("/")[0]
+    return {f"{seed}/{other}" for other in re.findall(r"@/([^/\s]+)", command)} - {name}
 
 def jobs_done(jobs, out):
     """Names of the jobs that are done; stops where one was done by another command, or before what it reads."""
     marks = {name: path for name in jobs if (path := out / name / "done.json").exists()}
     for name, path in marks.items():
-        others = [marks[n] for n in needs(name, jobs[name], out) if n in marks]
-        if json.loads(path.read_text())["command"] != portable(jobs[name], out):
+        others = [marks[n] for n in needs(name, jobs[name]) if n in marks]
+        if json.loads(path.read_text())["command"] != jobs[name]:
             sys.exit(f"study: {path.parent}: made by another command than now; delete it, or take another --out")
         if any(other.stat().st_mtime > path.stat().st_mtime for other in others):
             sys.exit(f"study: {path.parent}: older than what it reads; delete it, or take another --out")
     return set(marks)
 
-
-def portable(command, out):
-    return [a.replace(f"{out}/", "") for a in command]
-
-
 def run_jobs(jobs, out, at_once):
     """Runs all jobs that are not done; stops when one fails. Returns whether all are done."""
-    running, failed, began, done = {}, [], time.time(), jobs_done(jobs, out)
+    running, began, done = {}, time.time(), jobs_done(jobs, out)
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_once)), "TOKENIZERS_PARALLELISM": "false"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("study: stopped; the same command goes on"))
     try:
-        while len(done) < len(jobs) and not failed:
+        while len(done) < len(jobs):
             for name, command in jobs.items():
                 free = len(running) < at_once and name not in done | running.keys()
-                if free and needs(name, command, out) <= done:
+                if free and needs(name, command) <= done:
                     (out / name).mkdir(parents=True, exist_ok=True)
+                    words = [word.replace("@", str(out / name.split("/")[0])) for word in command.split()]
                     with open(out / f"{name}.log", "a") as log:
-                        process = subprocess.Popen(
-                            [sys.executable, *command], stdout=log, stderr=log, cwd=TOY.parents[1], env=env
-                        )
+                        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, cwd=ROOT, env=env)
                     running[name] = process, time.time()
             time.sleep(0.2)
             for name, (process, since) in list(running.items()):
@@ -233,15 +176,10 @@ def run_jobs(jobs, out, at_once):
                     continue
                 del running[name]
                 if process.returncode:
-                    print(f"{name} failed: {' '.join(jobs[name])}\n{(out / f'{name}.log').read_text()[-2000:]}")
-                    failed.append(name)
-                    continue
+                    print(f"{name} failed: {jobs[name]}\n{(out / f'{name}.log').read_text()[-2000:]}")
+                    return False
                 took, total = time.time() - since, (time.time() - began) / 60
-                mark = {"seconds": round(took, 1), "command": portable(jobs[name], out)}
-                (out / name / "done.tmp").write_text(json.dumps(mark) + "\n")
-                (out / name / "done.tmp").replace(out / name / "done.json")
-                for checkpoint in (out / name).glob("checkpoint-*"):
-                    shutil.rmtree(checkpoint)
+                report.write(out / name / "done.json", json.dumps({"seconds": round(took, 1), "command": jobs[name]}))
                 done.add(name)
                 print(f"{len(done)}/{len(jobs)} {name} {took:.0f} s, {total:.0f} min", flush=True)
     finally:
@@ -249,239 +187,231 @@ def run_jobs(jobs, out, at_once):
             process.terminate()
         for process, _ in running.values():
             process.wait()
-    return not failed
+    return True
 
-
-# ---- tables ----
+# ---- what the jobs say ----
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's 97.5 % points, 2 seeds and more
+SCORES = {"seen": ("seen", "acc"), "unseen": ("unseen", "acc"), "all": ("all", "acc"), "mean IoU": ("all", "mean_iou")}
+NAME, PLAN, LIST = "no name in Planning", "no look in Planning", "no look in Visual Analysis"  # of the target
+LACKS = (NAME, PLAN, LIST, "no look in Comparison")
+FAULTS = (*LACKS, "contradicts the box")  # by the rule of tools/report.py
 
+@cache
+def read_json(path):
+    return json.loads(path.read_bytes())
 
-def table(head, rows):
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines) + "\n"
+@cache
+def read_answers(path):
+    """Rows of predictions.jsonl with the FAULTS of their reasoning, and with what it listed before its conclusion."""
+    rows = report.judged(report.read_rows(path))
+    for x in rows:
+        text, name, box = x["response"], x["entity"], x["pred_bbox_1000"]
+        for fault in LACKS:
+            said = name if fault == NAME else world.describe(world.ENTITIES[name])
+            x[fault] = report.lacks(text, fault.split(" in ")[1], said)
+        found = [re.findall(report.NUMBER, m[0]) for m in report.BOXES.finditer(text.split("Conclusion")[0])]
+        near = any(report.iou([*map(float, b)], box) >= 0.7 for b in found if box and len(b) == 4)
+        x |= {"contradicts the box": x["reasoning_contradicts"], "box not listed": not near}
+        x |= {"listed by another look": near and x[LIST], "boxes listed": len(found) / 100}  # a number, not a share
+    return rows
 
+class Points(dict):
+    """A difference {seed: value}, shown with its sign."""
 
-def seconds(mark):
-    return json.loads(mark.read_text())["seconds"]
+def minus(a, b):
+    return Points({s: a[s] - b[s] for s in a if s in b})
 
-
-class Results:
-    """Scores of the finished jobs of some seeds, in percent; `numbers` keeps what a table shows."""
+class Runs:
+    """Values of the finished jobs of some seeds: {seed: value}, in percent."""
 
     def __init__(self, out, seeds):
-        self.out, self.seeds, self.numbers = out, seeds, {}
+        self.out, self.seeds = out, seeds
 
-    def having(self, *names):
-        """Seeds for which all of these jobs are done."""
-        return [s for s in self.seeds if all((self.out / f"{s}/{n}/done.json").exists() for n in names)]
+    def files(self, job, name):
+        """{seed: that file of the job}, where it is done."""
+        return {s: self.out / f"{s}/{job}/{name}" for s in self.seeds if (self.out / f"{s}/{job}/done.json").exists()}
 
-    def lines(self, seed, name, file):
-        text = (self.out / f"{seed}/{name}/{file}").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+    def number(self, job, *keys, file="metrics.json"):
+        return {s: 100 * reduce(getitem, keys, read_json(path)) for s, path in self.files(job, file).items()}
 
-    def score(self, seed, model, split, key):
-        metrics = json.loads((self.out / f"{seed}/eval_{model}/metrics.json").read_text(encoding="utf-8"))
-        return 100 * (metrics[split] if split in metrics else metrics["categories"][split])[key]
+    def scores(self, model):
+        return [self.number(f"eval_{model}", *keys) for keys in SCORES.values()]
 
-    def cell(self, name, values, sign=""):
-        """'mean (95 % interval over seeds)' of {seed: value}, which results.json keeps under this name."""
-        if not values:
-            return "-"
-        self.numbers[name], n, middle = {s: round(v, 3) for s, v in values.items()}, len(values), mean(values.values())
-        if n == 1:
-            return f"{middle:{sign}.1f}"
-        half = T_95[n - 2] * stdev(values.values()) / math.sqrt(n)
-        return f"{middle:{sign}.1f} ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
+    def gaps(self, a, b):
+        """a - b, paired by seed."""
+        return [*map(minus, self.scores(a), self.scores(b))]
 
-    def scores(self, model, split="all", key="acc"):
-        seeds = self.having(f"eval_{model}")
-        return self.cell(f"{model}, {split}, {key}", {s: self.score(s, model, split, key) for s in seeds})
+    def share(self, model, key="correct", chosen=lambda x, seed: x["correct"]):
+        """Of the answers `chosen` those for which `key` holds; where it is None nothing can be said."""
+        files = self.files(f"eval_{model}", "predictions.jsonl")
+        marks = {s: [x[key] for x in read_answers(path) if chosen(x, s)] for s, path in files.items()}
+        marks = {s: [m for m in some if m is not None] for s, some in marks.items()}
+        return {s: 100 * mean(some) for s, some in marks.items() if some}
 
-    def gain(self, model, other, split="all", key="acc"):
-        """model - other, paired by seed."""
-        seeds = self.having(f"eval_{model}", f"eval_{other}") if model != other else []
-        gains = {s: self.score(s, model, split, key) - self.score(s, other, split, key) for s in seeds}
-        return self.cell(f"{model} - {other}, {split}, {key}", gains, "+")
+    def trained(self, model, key):
+        """Mean of a metric of training over the last ten steps."""
+        files = self.files(model, "metrics.jsonl")
+        return {s: 100 * mean(m[key] for m in report.read_rows(path)[-10:]) for s, path in files.items()}
 
-    def share(self, name, model, chosen, counted=lambda row, seed: row["correct"]):
-        """Of the answers `chosen` those that are `counted`, functions of a row of predictions.jsonl and the seed.
+def cell(values):
+    """'mean (95 % interval over seeds)' of {seed: value}; a text stays."""
+    if not values or isinstance(values, str):
+        return values or "-"
+    n, middle, sign = len(values), mean(values.values()), "+" * isinstance(values, Points)
+    if n == 1:
+        return f"{middle:{sign}.1f}"
+    half = T_95[n - 2] * stdev(values.values()) / math.sqrt(n)
+    return f"{middle:{sign}.1f} ({middle - half:{sign}.1f} to {middle + half:{sign}.1f})"
 
-        Answers for which `counted` is None are left out.
-        """
-        rows = {s: self.lines(s, f"eval_{model}", "predictions.jsonl") for s in self.having(f"eval_{model}")}
-        marks = {s: [counted(x, s) for x in rows[s] if chosen(x, s)] for s in rows}
-        marks = {s: [m for m in marks[s] if m is not None] for s in rows}
-        return self.cell(f"{model}, {name}", {s: 100 * mean(m) for s, m in marks.items() if m})
-
-    def rollouts(self, model, key, first, last):
-        """Mean of a training metric over these steps, both included."""
-        runs = {s: self.lines(s, model, "metrics.jsonl")[first - 1 : last] for s in self.having(model)}
-        means = {s: 100 * mean(m[key] for m in run) for s, run in runs.items()}
-        return self.cell(f"{model}, {key} in steps {first} to {last}", means)
-
-    def minutes(self, model):
-        times = [seconds(self.out / f"{s}/{model}/done.json") / 60 for s in self.having(model)]
-        return f"{mean(times):.1f}" if times else "-"
-
-
-def differences(r, pairs):
-    splits = ("seen", "unseen", "all")
-    return table(
-        ["points, paired by seed", *splits, "mean IoU"],
-        [[f"{a} - {b}", *(r.gain(a, b, s) for s in splits), r.gain(a, b, key="mean_iou")] for a, b in pairs],
-    )
-
+# ---- tables: each function gives (head, rows) of some, and its docstring is printed above them ----
+def teacher(tag):
+    return tag.strip("_").replace("_", " ") or "never errs"
 
 def comparison(r):
-    models, splits = ("base", "sft", "cot_sft", "cot_sft_more", "grpo"), ("seen", "unseen", "all")
-    pairs = (("cot_sft", "sft"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft"), ("grpo", "cot_sft_more"))
-    text = table(
-        ["model", "seeds", *(f"{s} %" for s in splits), "mean IoU %", "parsed, seen %", "parsed, unseen %"],
-        [[m, len(r.having(f"eval_{m}")), *(r.scores(m, s) for s in splits), r.scores(m, key="mean_iou"),
-          *(r.scores(m, s, "parse_rate") for s in ("seen", "unseen"))] for m in models],
-    )  # fmt: skip
-    return text + differences(r, pairs)
-
-
-def experiments(r):
-    head = ["arm", "seeds", "all %", "all, points from grpo", "unseen, points from grpo", "mean IoU, points from grpo"]
-    head += ["rollouts right in steps 1 to 10 %", f"in steps {STEPS - 9} to {STEPS} %", "groups of equal rewards %"]
-    spans = (("acc@0.5", 1, 10), ("acc@0.5", STEPS - 9, STEPS), ("frac_reward_zero_std", 1, STEPS))
-    text = table(
-        [*head, "minutes"],
-        [[arm, len(r.having(f"eval_{arm}")), r.scores(arm), *(r.gain(arm, "grpo", s) for s in ("all", "unseen")),
-          r.gain(arm, "grpo", key="mean_iou"), *(r.rollouts(arm, *span) for span in spans), r.minutes(arm)]
-         for arm in ("grpo", *(f"grpo_{a}" for a in ARMS))],
-    )  # fmt: skip
-    karl = "grpo_karl_reward"  # it has a threshold of its own
-    return text + differences(r, ((karl, "grpo_iou_0.65"), ("grpo_karl_advantage", karl)))
-
-
-def held_out(r):
-    def others(x, _):
-        return x["category"] in world.SEEN and x["category"] != HELD_OUT
-
-    models = ("cot_sft", "grpo", "without_cot_sft", "without_grpo")
-    return table(
-        ["model", f"{HELD_OUT} %", "other seen %", "unseen %"],
-        [[m, r.scores(m, HELD_OUT), r.share("other seen", m, others), r.scores(m, "unseen")] for m in models],
-    )
-
-
-def known_and_unknown(r):
-    lost = {s: json.loads((r.out / f"{s}/unknown_base/unknown.json").read_text()) for s in r.having("unknown_base")}
-    groups = [(known, seen) for seen in (True, False) for known in (True, False)]
-
-    def chosen(group):
-        return lambda x, seed: (x["entity"] not in lost[seed], x["category"] in world.SEEN) == group
-
-    names = {g: f"{'' if g[0] else 'un'}known, {'seen' if g[1] else 'unseen'} category" for g in groups}
-    return table(
-        ["model", *(f"{name} %" for name in names.values())],
-        [
-            [m, *(r.share(names[g], m, chosen(g)) for g in groups)]
-            for m in ("sft", "cot_sft", "grpo", "unknown_sft", "unknown_cot_sft", "unknown_grpo")
-        ],
-    )
-
-
-def pictures(r):
-    kinds = [f"_{kind}" for kind, _ in CORRUPTIONS] + ["_natural"]
-    models = ("base", "sft", "cot_sft", "grpo", "varied_cot_sft")
-    return table(
-        ["model", "composites %", *(f"{kind[1:]} %" for kind in kinds)],
-        [[m, *(r.scores(m + kind) for kind in ("", *kinds))] for m in models],
-    )
-
-
-def novel(r):
-    shown = {s: {e["entity"] for row in r.lines(s, "novel_synth", "samples.jsonl") for e in row["entities"]}
-             for s in r.having("novel_synth")}  # fmt: skip
-
-    def chosen(is_shown):
-        return lambda x, seed: x["category"] in world.SEEN and (x["entity"] in shown[seed]) == is_shown
-
-    return table(
-        ["model", "shown %", "not shown %", "unseen categories %"],
-        [[m, r.share("shown", m, chosen(True)), r.share("not shown", m, chosen(False)), r.scores(m, "unseen")]
-         for m in ("sft", "novel_sft", "cot_sft", "novel_cot_sft")],
-    )  # fmt: skip
-
+    """`cot_sft_more` is CoT-SFT that goes on with chains for the rows that GRPO gets, as many draws of them."""
+    yield ["%", *SCORES, "parsed, seen", "parsed, unseen"], [
+        [m, *r.scores(m), *(r.number(f"eval_{m}", s, "parse_rate") for s in ("seen", "unseen"))] for m in MODELS]
+    pairs = ("cot_sft", "sft"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft"), ("grpo", "cot_sft_more")
+    yield ["points, paired by seed", *SCORES], [[f"{a} - {b}", *r.gaps(a, b)] for a, b in pairs]
 
 def reasoning(r):
-    def lacks(part, what):
-        """Whether this part of the reasoning does not say what(target)."""
+    """How many right, and wrong, answers rest on reasoning that does not hold: Planning should recall the target's
+    look, Visual Analysis list it, Comparison name it as the one that fits."""
+    kinds = {"right": lambda x, s: x["correct"], "wrong": lambda x, s: not x["correct"]}
+    yield ["%", "answers", *FAULTS], [
+        [m, kind, *(r.share(m, fault, kinds[kind]) for fault in FAULTS)] for kind in kinds for m in MODELS[2:]]
 
-        def fault(x, _):
-            said = re.search(rf"{part}:(.*?)(\n[A-Z]|</think>|\Z)", x["response"], re.DOTALL)
-            return said is None or what(x["entity"]) not in said[1]
+def erring_teacher(r):
+    """The teacher misdescribes the target in Planning, Comparison and Conclusion: in a share of the chains, at random,
+    or always in the same way a share of the entities. The final box is right. The last two tables are of entities of
+    seen categories: those that the systematic teacher always gets wrong, and the others."""
+    models, faults, wrong = MODELS[2:], FAULTS[1:], r.files(f"cot{SYSTEMATIC}", "wrong.json")
+    pairs = ("grpo", "cot_sft_more"), ("grpo", "cot_sft"), ("cot_sft_more", "cot_sft")
+    shares = {m + t: [r.share(m + t, fault) for fault in faults] for t in TEACHERS for m in models}
+    kinds = {"misdescribed": True, "others": False}
 
-        return fault
+    def of(kind, model, key="correct", right=(True, False)):
+        def chosen(x, s):
+            is_kind = s in wrong and (x["entity"] in read_json(wrong[s])) == kinds[kind]
+            return is_kind and x["category"] in world.SEEN and x["correct"] in right
 
-    def look(name):
-        return world.describe(world.ENTITIES[name])
+        return r.share(model, key, chosen)
 
-    faults = {"target's name not in Planning": lacks("Planning", str)}
-    faults |= {f"target's look not in {p}": lacks(p, look) for p in ("Planning", "Visual Analysis", "Comparison")}
-    faults["contradicts the box, by rule"] = lambda x, _: x["reasoning_contradicts"]
-    kinds = {"right": lambda x, _: x["correct"], "wrong": lambda x, _: not x["correct"]}
-    models = ("cot_sft", "cot_sft_more", "grpo", "grpo_binary", "grpo_iou_0.8")
-    return table(
-        ["model", "answers", "seeds", *(f"{fault} %" for fault in faults)],
-        [[m, kind, len(r.having(f"eval_{m}")), *(r.share(f"{kind}, {f}", m, chosen, faults[f]) for f in faults)]
-         for kind, chosen in kinds.items() for m in models],
-    )  # fmt: skip
+    yield ["%", "teacher", *SCORES], [[m, teacher(t), *r.scores(m + t)] for t in TEACHERS for m in models]
+    yield ["points, paired by seed", "teacher", *SCORES], [
+        [f"{a} - {b}", teacher(t), *r.gaps(a + t, b + t)] for a, b in pairs for t in TEACHERS]
+    yield ["% of right answers", "teacher", *faults, "of all answers: " + PLAN], [
+        [m, teacher(t), *shares[m + t], r.share(m + t, PLAN, lambda x, s: True)] for t in TEACHERS for m in models]
+    yield ["points of right answers", "teacher", *faults], [
+        [f"{a} - {b}", teacher(t), *map(minus, shares[a + t], shares[b + t])] for a, b in pairs for t in TEACHERS]
+    yield ["%", "entities", teacher(SYSTEMATIC), "points from never errs", "of right answers: " + PLAN], [
+        [m, kind, of(kind, m + SYSTEMATIC), minus(of(kind, m + SYSTEMATIC), of(kind, m)),
+         of(kind, m + SYSTEMATIC, PLAN, [True])] for m in models for kind in kinds]  # fmt: skip
+    yield ["points, " + teacher(SYSTEMATIC), *kinds], [
+        [f"{a} - {b}", *(minus(of(kind, a + SYSTEMATIC), of(kind, b + SYSTEMATIC)) for kind in kinds)]
+        for a, b in pairs]  # fmt: skip
 
+def grounded(r):
+    """The reward `grounded` pays when the answered box is one that the reasoning wrote down before its conclusion, and
+    its last: with an IoU of 0.7 or 0.9, at half the weight, or instead of `format`. From the fourth column on, the
+    tokens apart, all is of right answers."""
+    others = [PLAN, *FAULTS[3:], "box not listed", "listed by another look", "boxes listed"]
+    for tag in ("", RANDOM):
+        grpo, rows = f"grpo{tag}", []
+        for m in (f"cot_sft{tag}", grpo, *(f"{grpo}_{arm}" for arm in GROUNDED)):
+            (_, _, all_, _), lists, (_, _, gap, _) = r.scores(m), r.share(m, LIST), r.gaps(m, grpo)
+            tokens = {s: v / 100 for s, v in r.number(f"eval_{m}", "completions/mean_length").items()}
+            gaps = (gap, minus(lists, r.share(grpo, LIST))) if m != grpo else ({}, {})
+            rows.append([m, all_, gaps[0], lists, gaps[1], *(r.share(m, fault) for fault in others), tokens])
+        yield ["%", "all", f"points from {grpo}", LIST, f"its points from {grpo}", *others, "tokens"], rows
 
-TABLES = {  # title: what makes it, a job that its seeds have
-    "The paper's comparison": (comparison, "world"),
-    "What matters in GRPO": (experiments, "grpo_binary"),
-    f"One seen category, {HELD_OUT}, held out of both stages": (held_out, "eval_without_grpo"),
-    "Entities that the base knows, and does not": (known_and_unknown, "unknown_base"),
-    "Other pictures than clean composites": (pictures, "eval_varied_cot_sft"),
-    "Entities of seen categories that no sample shows": (novel, "novel_synth"),
-    "Right answer, wrong reasoning": (reasoning, "eval_grpo"),
+def skills(r):
+    """What the base could do before: find by description, also among five or six objects, and asked to reason first;
+    say a colour and a place; what a name means, without and with a picture; describe and find a name, and find a
+    description, in a list in words; list a picture's objects. Words must be said, boxes in pictures have IoU 0.5."""
+    keys = "find_2_4 find_5_6 find_reasoning color where know know_with_image recall_copy copy list".split()
+    got = {m: [r.number(f"skills_{m}", key) for key in keys] for m in MODELS}
+    yield ["%", *keys], [[m, *got[m]] for m in MODELS]
+    yield ["points from base", *keys], [[m, *map(minus, got[m], got["base"])] for m in MODELS[1:]]
+
+def arms(r):
+    """Each differs from `grpo` in what its name says, shares its random numbers, and has as many steps and completions:
+    `g4` has 32 prompts a step. `unfiltered` has 640 different rows, the others about 460."""
+    models, of_training = ["grpo", *(f"grpo_{arm}" for arm in ARMS)], {
+        "rollouts right, last 10 steps": "acc@0.5", "groups of equal rewards, last 10 steps": "frac_reward_zero_std"}
+    pairs = [*((m, "grpo") for m in models[1:]), ("grpo_karl_advantage", "grpo_karl_reward")]
+    yield ["%", *SCORES, *of_training], [
+        [m, *r.scores(m), *(r.trained(m, key) for key in of_training.values())] for m in models]
+    yield ["points, paired by seed", *SCORES], [[f"{a} - {b}", *r.gaps(a, b)] for a, b in pairs]
+
+def known_and_unknown(r):
+    """Half of the names of every category get an embedding that means nothing (a random mixture of their category's)
+    before stage 1. Their models have `_unknown` in their name; the others answer the same questions with all known.
+    How much more known names gain than unknown ones, less the same difference where all are known: the interaction."""
+    lost = r.files("unknown_base", "unknown.json")
+    groups = {"known, seen": (1, 1), "unknown, seen": (0, 1), "known, unseen": (1, 0), "unknown, unseen": (0, 0)}
+
+    def acc(model, known, seen):
+        def chosen(x, s):
+            is_unknown = s not in lost or x["entity"] in read_json(lost[s])
+            return s in lost and (not is_unknown, x["category"] in world.SEEN) == (known, seen)
+
+        return r.share(model, chosen=chosen)
+
+    yield ["%", *groups], [
+        [m + tag, *(acc(m + tag, *group) for group in groups.values())]
+        for tag in ("_unknown", "") for m in ("sft", "cot_sft", "grpo")]  # fmt: skip
+    head, rows = ["points, paired by seed", "categories", "known", "unknown", "known - unknown"], []
+    for a, b in (("cot_sft", "sft"), ("grpo", "cot_sft"), ("grpo", "sft")):
+        for split, seen in (("seen", 1), ("unseen", 0)):
+            gains = [minus(acc(a + tag, k, seen), acc(b + tag, k, seen)) for tag in ("_unknown", "") for k in (1, 0)]
+            more = [minus(*gains[:2]), minus(*gains[2:])]
+            rows.append([f"{a} - {b}", split, *gains[:2], *more, minus(*more)])
+    yield [*head, "the same, all known", "interaction"], rows
+
+TABLES = {  # title: what makes it, from how many of --seeds
+    "The paper's comparison": (comparison, 8),
+    "Right answer, wrong reasoning": (reasoning, 8),
+    "When the teacher errs": (erring_teacher, 5),
+    "A reward that looks at the reasoning": (grounded, 5),
+    "What training forgets": (skills, 5),
+    "What matters in GRPO": (arms, 8),
+    "Entities that the base knows, and does not": (known_and_unknown, 8),
 }
 
+def write_results(out, seeds, jobs):
+    """results.md, and results.json: {title: {"row: column": {seed: value}}}."""
+    text, values = "", {}
+    for title, (make, n) in TABLES.items():
+        text, values[title] = f"{text}### {title}\n\n{' '.join(make.__doc__.split())} Seeds {seeds[:n]}.\n\n", {}
+        for head, rows in make(Runs(out, seeds[:n])):
+            text += report.table(head, [map(cell, row) for row in rows]) + "\n"
+            for row in rows:
+                name = ", ".join([head[0], *(c for c in row if isinstance(c, str))])
+                cells = {f"{name}: {column}": c for column, c in zip(head, row, strict=True) if isinstance(c, dict)}
+                values[title] |= {key: {s: round(v, 3) for s, v in c.items()} for key, c in cells.items()}
+    minutes = [read_json(path)["seconds"] / 60 for name in jobs if (path := out / name / "done.json").exists()]
+    report.write(out / "results.md", f"{text}{len(minutes)} of {len(jobs)} jobs, {sum(minutes):.0f} minutes together.")
+    report.write(out / "results.json", json.dumps(values, indent=1))
 
-def report(out, seeds):
-    """(the tables as Markdown, {title: {name: value of every seed}})"""
-    text, numbers = "", {}
-    for title, (make, needed) in TABLES.items():
-        results = Results(out, Results(out, seeds).having(needed))
-        text += f"### {title}\n\n{make(results)}"
-        numbers[title] = results.numbers
-    times = [seconds(mark) / 60 for mark in out.glob("*/*/done.json")]
-    return text + f"{len(times)} jobs of {sum(times):.0f} minutes together.\n", numbers
-
-
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--out", default="runs/study", help="folder of all runs; an interrupted study is continued")
-    p.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14], help="of the main comparison")
-    p.add_argument("--arm_seeds", type=int, nargs="+", help="of all experiments; default: the first three of --seeds")
-    p.add_argument("--at_once", type=int, default=os.cpu_count(), help="jobs that run at a time")
-    p.add_argument("--report", action="store_true", help="only write the tables of what is finished")
-    p.add_argument("--unknown", metavar="FOLDER", help="write the base without half of its knowledge, and stop")
-    p.add_argument("--seed", type=int, default=0, help="of --unknown")
-    args = p.parse_args()
-    args.arm_seeds = args.seeds[:3] if args.arm_seeds is None else args.arm_seeds
-    if not set(args.arm_seeds) <= set(args.seeds) or len(args.seeds) > len(T_95) + 1 or args.at_once < 1:
-        p.error(f"want --arm_seeds among --seeds, at most {len(T_95) + 1} of these, and --at_once of 1 or more")
-    if args.unknown:
-        return make_unknown(args.unknown, args.seed)
-    out, finished = Path(args.out).resolve(), True
-    out.mkdir(parents=True, exist_ok=True)
-    if not args.report:
-        parts = [(s, False) for s in args.seeds] + [(s, True) for s in args.arm_seeds]  # in this order
-        jobs = {f"{s}/{name}": command for s, arms in parts for name, command in jobs_of(s, out, arms).items()}
-        finished = run_jobs(jobs, out, args.at_once)
-    text, numbers = report(out, args.seeds)
-    (out / "results.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
-    (out / "results.md").write_text(text)
-    print(f"{text}study: {out / 'results.md'}, {out / 'results.json'}")
+    add = p.add_argument
+    # fmt: off
+    add("--out", type=Path, default=Path("runs/study"), help="folder of all runs; an interrupted study is continued")
+    add("--seeds", type=int, nargs="+", default=[*range(10, 18)], help="first five: most parts; eight: the others")
+    add("--at_once", type=int, default=os.cpu_count(), help="jobs that run at a time")
+    add("--report", action="store_true", help="only write the tables of what is finished")
+    # fmt: on
+    args = p.parse_args(argv)
+    out, jobs = args.out.resolve(), {}
+    for part, n in PARTS:
+        for seed in args.seeds[:n]:
+            jobs |= {f"{seed}/{name}": command for name, command in jobs_of(seed, part).items()}
+    finished = args.report or run_jobs(jobs, out, args.at_once)
+    write_results(out, args.seeds, jobs)
+    print(f"{(out / 'results.md').read_text()}study: {out / 'results.md'}, {out / 'results.json'}")
     sys.exit(not finished)
-
 
 if __name__ == "__main__":
     main()

@@ -2,20 +2,26 @@
 
   python tests/toy/toy_world.py --out runs/toy/world --seed 0
 
-writes  train/category/entity/*.png with train/boxes.jsonl, knowledge.json, kvg-bench.parquet, and natural.parquet with
---natural: the same kind of questions about free places, overlap and clutter. Seconds; no downloads.
+writes  train/category/entity/*.png with train/boxes.jsonl, knowledge.json and kvg-bench.parquet. Seconds; no downloads.
 A category is a shape, an entity is one (body colour, band colour) of it. The unseen categories never occur in train/.
+
+  python tests/toy/toy_world.py --err runs/cot/samples.jsonl --share 0.3 --out runs/cot_err
+
+writes the chains of gen_cot.py as a teacher would that is told the right box and errs on the way there: samples.jsonl,
+wrong.json (the entities that --systematic always misdescribes).
 """
 
 import argparse
 import io
-import itertools
 import json
+import os
 import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,7 +38,6 @@ SPRITE_PX = 64
 SCENE = SimpleNamespace(layouts=["grid"], grid=(3, 2), canvas_size=(168, 112), tile_px=56, max_pixels=401408,
                         background="gradient", entity_scale=(0.6, 0.95), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
 
-
 def make_entities():
     """{name: (category, body, band)}, the same in every run: 84 names, 12 looks in each of 7 categories."""
     rng, entities = random.Random("entities"), {}
@@ -44,15 +49,12 @@ def make_entities():
             entities[name] = (category, body, band)
     return entities
 
-
 ENTITIES = make_entities()
-
 
 def describe(look):
     """The look in words, as in knowledge.json: 'a red disc with a white band'."""
     category, body, band = look
     return f"a {body} {category} with a {band} band"
-
 
 def sprite(look, rng):
     """RGBA picture of one entity on a transparent ground, and its box in px."""
@@ -82,46 +84,11 @@ def sprite(look, rng):
     image.paste(skin, (x, y), mask)
     return image, (x, y, x + w, y + h)
 
-
 def make_scene(looks, rng):
     """Canvas and boxes in px of a scene with these looks, by the project's own composition."""
     images, boxes = zip(*(sprite(look, rng) for look in looks), strict=True)
     canvas, placed, _ = synth_data.compose(images, boxes, rng, SCENE)
     return canvas, placed
-
-
-def natural_scene(looks, rng):
-    """As make_scene, but unlike every composite: no grid, boxes overlap by up to a quarter, clutter all over."""
-    (width, height), placed = SCENE.canvas_size, []
-    canvas = synth_data.background_of("gradient", (width, height), rng)
-
-    def clutter(strokes):
-        for _ in range(strokes):
-            x, y, color = rng.randrange(width), rng.randrange(height), tuple(rng.randrange(256) for _ in range(3))
-            end = x + rng.randint(-14, 14), y + rng.randint(-14, 14)
-            ImageDraw.Draw(canvas).line((x, y, *end), fill=color, width=rng.randint(1, 3))
-
-    def overlap(a, b):
-        w, h = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-        return max(w, 0) * max(h, 0) / min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
-
-    clutter(16)
-    for look in looks:
-        image, box = sprite(look, rng)
-        image = image.crop(box)
-        for attempt in itertools.count():
-            scale = rng.uniform(0.5, 0.9) * 0.99**attempt
-            w, h = (round(scale * side) for side in image.size)
-            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-            box = (x, y, x + w, y + h)
-            if all(overlap(box, other) <= 0.25 for other in placed):
-                break
-        piece = image.resize((w, h), Image.Resampling.BICUBIC)
-        canvas.paste(piece, (x, y), piece)
-        placed.append(box)
-    clutter(6)
-    return canvas, placed
-
 
 def write_train(out, per_entity, seed):
     """category/entity/*.png and boxes.jsonl for the seen categories."""
@@ -137,18 +104,14 @@ def write_train(out, per_entity, seed):
             boxes.append({"image": f"{look[0]}/{name}/{i:03d}.png", "bbox_px": bbox_px})
     (out / "boxes.jsonl").write_text("".join(json.dumps(b) + "\n" for b in boxes), encoding="utf-8")
 
-
-def write_bench(path, images_per_category, seed, scene=make_scene):
+def write_bench(path, images_per_category, seed):
     """A parquet with KVG-Bench's columns: 2 to 6 entities per image, two questions per image."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = []
     for category in SEEN + UNSEEN:
         for i in range(images_per_category[category in UNSEEN]):
             rng = random.Random(f"{seed}:bench:{category}:{i}")
             names = rng.sample([n for n in ENTITIES if ENTITIES[n][0] == category], rng.randint(2, 6))
-            canvas, boxes = scene([ENTITIES[n] for n in names], rng)
+            canvas, boxes = make_scene([ENTITIES[n] for n in names], rng)
             data = io.BytesIO()
             canvas.save(data, "PNG")
             for target in rng.sample(range(len(names)), 2):
@@ -156,29 +119,52 @@ def write_bench(path, images_per_category, seed, scene=make_scene):
                 rows.append({"question_id": f"{category}/{i:04d}-{target}",
                              "question": synth_data.QUESTION.format(names[target]), "answer": answer,
                              "image": {"bytes": data.getvalue()}, "category": category})  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
+def write_errors(source, out, share, systematic, seed):
+    """Chains in which Planning, Comparison and Conclusion give the target the look of another entity of its category.
+    Visual Analysis and the box stay right. Random: in this share of the chains, where a higher share adds to a lower.
+    Systematic: this share of the entities of every category, each always with the same wrong look."""
+    others = {n: [m for m in ENTITIES if ENTITIES[m][0] == ENTITIES[n][0] and m != n] for n in ENTITIES}
+    rng, wrong, heads = random.Random(f"{seed}:errors"), {}, ("Planning", "Comparison", "Conclusion")
+    for category in SEEN + UNSEEN if systematic else ():
+        names = [n for n in ENTITIES if ENTITIES[n][0] == category]
+        wrong |= {n: rng.choice(others[n]) for n in rng.sample(names, round(share * len(names)))}
+    with open(out / "samples.jsonl", "w", encoding="utf-8") as f:
+        for row in synth_data.read_jsonl(source):
+            name, rng = row["entities"][row["target"]]["entity"], random.Random(f"{seed}:errors:{row['id']}")
+            errs, other = rng.random() < share, rng.choice(others[name])
+            if other := wrong.get(name) if systematic else other if errs else None:
+                right, wrong_look = describe(ENTITIES[name]), describe(ENTITIES[other])
+                lines = [x.replace(right, wrong_look) if x.startswith(heads) else x for x in row["cot"].split("\n")]
+                reply, old = row["messages"][1], row["cot"]
+                row["cot"] = "\n".join(lines)
+                reply["content"] = reply["content"].replace(old, row["cot"])
+            row["images"] = [os.path.relpath(source.parent / i, out) for i in row["images"]]
+            f.write(json.dumps(row) + "\n")
+    (out / "wrong.json").write_text(json.dumps(wrong, indent=1) + "\n")
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--out", required=True, help="output folder")
-    p.add_argument("--per_entity", type=int, default=8, help="training pictures per entity")
-    p.add_argument(
-        "--bench_images", type=int, nargs=2, default=[40, 60], metavar=("SEEN", "UNSEEN"), help="images per category"
-    )
-    p.add_argument("--natural", action="store_true", help="write natural.parquet too")
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    add = p.add_argument
+    # fmt: off
+    add("--out", type=Path, required=True, help="output folder")
+    add("--per_entity", type=int, default=8, help="training pictures per entity")
+    add("--bench_images", type=int, nargs=2, default=[40, 60], metavar=("SEEN", "UNSEEN"), help="images per category")
+    add("--err", type=Path, metavar="SAMPLES", help="write these chains with errors instead of a world")
+    add("--share", type=float, default=0.3, help="of the chains that err, or of the entities")
+    add("--systematic", action="store_true", help="some entities are always misdescribed, the others never")
+    add("--seed", type=int, default=0)
+    # fmt: on
+    args = p.parse_args(argv)
+    (out := args.out).mkdir(parents=True, exist_ok=True)
+    if args.err:
+        return write_errors(args.err, out, args.share, args.systematic, args.seed)
     write_train(out / "train", args.per_entity, args.seed)
     knowledge = {n: {"category": look[0], "description": describe(look)} for n, look in ENTITIES.items()}
     (out / "knowledge.json").write_text(json.dumps(knowledge, indent=1) + "\n", encoding="utf-8")
     write_bench(out / "kvg-bench.parquet", args.bench_images, args.seed)
-    if args.natural:
-        write_bench(out / "natural.parquet", args.bench_images, args.seed, natural_scene)
     print(f"toy_world: {len(ENTITIES)} entities in {len(SEEN)} seen and {len(UNSEEN)} unseen categories -> {out}")
-
 
 if __name__ == "__main__":
     main()
