@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -190,7 +191,7 @@ def accuracy_interval(correct, image_ids):
     wrong, it tells nothing: an image counts once then. Source: Dean and Pagano 2015, J. Survey Stat. Methodol. 3(4)."""
     image = np.unique(image_ids, return_inverse=True)[1]
     right, asked = np.bincount(image, weights=correct), np.bincount(image)  # per image, which carry several questions
-    n, images, z = len(correct), len(asked), 1.959963984540054
+    n, images, z = len(correct), len(asked), 1.9599639845400536
     if images < 2:
         return None
     p, free = right.sum() / n, images - 1
@@ -199,7 +200,7 @@ def accuracy_interval(correct, image_ids):
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     effective = min(n, p * (1 - p) / variance) if variance > 0 else images
     middle = p + t * t / (2 * effective)
-    half = t * (p * (1 - p) / effective + (t / (2 * effective)) ** 2) ** 0.5
+    half = t * math.sqrt(p * (1 - p) / effective + (t / (2 * effective)) ** 2)
     low, high = ((middle + side * half) / (1 + t * t / effective) for side in (-1, 1))
     return [min(p, max(0.0, low)), max(p, min(1.0, high))]  # at 0 and 1 they may be off in the last digit
 
