@@ -24,7 +24,7 @@ setup() {
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || stop "python3 is $(python3 -V); want 3.10 or newer"
     echo "== setup: .venv from requirements.txt"
     python3 -m venv .venv
-    $PY -m pip install -q "$(grep '^torch==' requirements.txt)" setuptools wheel ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+    $PY -m pip install -q "$(grep '^torch==' requirements.txt)" setuptools wheel ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
     DS_BUILD_OPS=0 $PY -m pip install -q -r requirements.txt
     cp requirements.txt .venv/installed.txt
   fi
@@ -37,8 +37,7 @@ stage() { # name, command ...: runs it once; its output folder is $RUN/name
   [ ! -e "$RUN/.done/$name" ] || return 0
   if [ "$1" = torchrun ]; then set -- "$PY" -m torch.distributed.run --nproc_per_node "$NPROC" $NODES "${@:2}"
   elif [ "$NODE_RANK" != 0 ]; then set -- true; fi # work of one process: node 0 does it
-  echo "== $name${DRY:+: $*}"
-  [ -z "${DRY:-}" ] || return 0
+  echo "== $name${DRY:+: $*}"; [ -z "${DRY:-}" ] || return 0
   "$@"
   [ "$NODE_RANK" != 0 ] || echo $((SECONDS - began)) > "$RUN/.done/$name"
   while [ ! -e "$RUN/.done/$name" ]; do sleep 5; done
@@ -58,7 +57,7 @@ serve() { # model: a teacher for gen_cot on node 0, until gen_cot is done or the
 
 check() { # the real recipe: says memory, time and disk, and now what could not work later
   [ ! -d "$DATA" ] || [ -f "$DATA/boxes.jsonl" ] || [ -f "${DATA%/}.boxes.jsonl" ] || [ -n "${BOX_MODEL:-}" ] || stop "DATA=$DATA: no boxes.jsonl; want it, or BOX_MODEL"
-  "$PY" -c 'import sys, eval_kvg as e; sys.exit(not any(s["bbox_1000"] or s["options"] for s in e.read_samples(sys.argv[1:])[0]))' "$BENCH" || stop "BENCH=$BENCH: no answer in it; want some to score against"
+  [ -f "$BENCH" ] && "$PY" -c 'import sys, eval_kvg as e; sys.exit(not any(s["bbox_1000"] or s["options"] for s in e.read_samples(sys.argv[1:])[0]))' "$BENCH" || stop "BENCH=$BENCH: no file, or no answer in it; want some to score against"
   case $TEACHER in
     knowledge:*) [ -f "${TEACHER#*:}" ] || stop "TEACHER=$TEACHER: no such file" ;;
     openai:*) curl -sfm 20 -H "Authorization: Bearer ${OPENAI_API_KEY:-}" "$URL/models" >/dev/null || stop "no teacher at $URL; want TEACHER=serve:MODEL, or OPENAI_BASE_URL" ;;
@@ -98,6 +97,7 @@ else # ---- the paper's recipe
   SYNTH="--categories $SEEN --exclude $BENCH --jpeg_quality 90 95" # what the table calls unseen is not trained on
   N_SFT=${N_SFT:-25000} N_GRPO=${N_GRPO:-8000} LENGTH=512 EVAL_LENGTH=1024 TEMPERATURE=1 SFT="" GRPO="--beta 0.04 --gradient_checkpointing"
 fi
+[[ $TEACHER != serve:* ]] || export URL=http://localhost:8000/v1 no_proxy=localhost
 case $TEACHER in
   knowledge:*) COT="--teacher knowledge --knowledge ${TEACHER#*:}" ;;
   serve:* | openai:*) COT="--teacher openai --teacher_model ${TEACHER#*:} --base_url $URL" ;;

@@ -523,7 +523,7 @@ def save_step(engine, processors, out, state, stop, steps_left, args):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
         keep = args.save_total_limit if steps_left or args.keep_checkpoints else 0
-        for old in checkpoints(out)[: len(checkpoints(out)) - keep]:
+        for old in checkpoints(out)[::-1][keep:]:
             shutil.rmtree(old)
     dist.barrier()
     if stop:

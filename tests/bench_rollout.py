@@ -10,69 +10,59 @@ and `ours` again with --prompts prompts at once, against `batched` prompt by pro
 """
 
 import tempfile
+from functools import partial
 
+import bench_tools as tools
 import plain
 import torch
-from bench_tools import build_model, parser, prompt_text, seconds_of, shown, spread, write_photos, write_result
+from bench_tools import spread
 
 import train_grpo as g
 
 
 def main():
-    p = parser(__doc__, "rollout")
+    p = tools.parser(__doc__, "rollout")
     p.add_argument("--completion_lengths", type=int, nargs="+", default=[64, 256])
     p.add_argument("--num_generations", type=int, default=8)
     p.add_argument("--prompts", type=int, default=4)
     args = p.parse_args()
-    model, tokenizer, image_processor = build_model(args.geometry)
-    model.eval()
-    plain_model, _, _ = build_model(args.geometry)  # same weights; ours changes the attention function of its model
-    plain_model.eval()
-    g.stop_ids = lambda tokenizer: []  # every completion has C tokens, on all sides
+    (model, *processors), plain_model = tools.build_model(args.geometry), tools.build_model(args.geometry)[0].eval()
+    g.packable(model)
+    g.STOP = []  # every completion has C tokens, on all sides
     G, result = args.num_generations, {"args": vars(args)}
     with tempfile.TemporaryDirectory() as folder:
-        texts = [prompt_text(tokenizer, 110 + 5 * i) for i in range(args.prompts)]
-        photos = write_photos(folder, args.prompts)
-        prompts = [
-            g.chat_inputs(tokenizer, image_processor, *x, g.BOX_STYLES["qwen2_vl"])
-            for x in zip(photos, texts, strict=True)
-        ]
+        photos, given = tools.write_photos(folder, args.prompts), (*processors, g.BOX_STYLES["qwen2_vl"])
+        texts = [tools.prompt_text(processors[0], 110 + 5 * i) for i in range(args.prompts)]
+        prompts = [g.chat_inputs(given, *x) for x in zip(photos, texts, strict=True)]
     result["prompt_tokens"] = [len(x["prompt_ids"]) for x in prompts]
 
-    for C in args.completion_lengths:
+    def ours(prompts, C):
+        seeds = [[f"{i}:{j}" for j in range(G)] for i in range(len(prompts))]
+        return [[ids for ids, _, _ in x] for x in g.rollout(model, processors[0], prompts, seeds, C, 1.0)]
+
+    def batched(prompts, C, count=G):
         draw = dict(max_new_tokens=C, min_new_tokens=C, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        return [plain.generate(plain_model, x, **draw, num_return_sequences=count) for x in prompts]
 
-        def ours(count, C=C):
-            seeds = [[f"{i}:{j}" for j in range(G)] for i in range(count)]
-            return g.rollout(model, tokenizer, [dict(x) for x in prompts[:count]], seeds, C, 1.0, 4096)
-
+    for C in args.completion_lengths:
         sides = {
-            "sequential": lambda draw=draw: [plain.generate(plain_model, prompts[0], **draw) for _ in range(G)],
-            "batched": lambda draw=draw: plain.generate(plain_model, prompts[0], **draw, num_return_sequences=G),
-            "ours": lambda ours=ours: ours(1),
-            "batched, all prompts": lambda draw=draw: [
-                plain.generate(plain_model, x, **draw, num_return_sequences=G) for x in prompts
-            ],
-            "ours, all prompts": lambda ours=ours: ours(args.prompts),
+            "sequential": partial(batched, prompts[:1] * G, C, 1),
+            "batched": partial(batched, prompts[:1], C),
+            "ours": partial(ours, prompts[:1], C),
+            f"batched, {args.prompts} prompts": partial(batched, prompts, C),
+            f"ours, {args.prompts} prompts": partial(ours, prompts, C),
         }
-        assert all(len(ids) == C for ids, _, _ in ours(1)[0]) and all(len(ids) == C for ids in sides["batched"]())
-        times = [{name: seconds_of(side) for name, side in sides.items()} for _ in range(args.rounds)]
-        ratios = {
-            f"sequential / ours, C={C}": [t["sequential"] / t["ours"] for t in times],
-            f"batched / ours, C={C}": [t["batched"] / t["ours"] for t in times],
-            f"batched / ours, {args.prompts} prompts, C={C}": [
-                t["batched, all prompts"] / t["ours, all prompts"] for t in times
-            ],
-        }
-        for name, values in ratios.items():
-            result[name] = spread(values)
-            print(shown(name, result[name]))
+        assert {len(ids) for side in ("ours", "batched") for ids in sides[side]()[0]} == {C}
+        times = [{name: tools.seconds_of(side) for name, side in sides.items()} for _ in range(args.rounds)]
         for name in sides:
-            count = (args.prompts if "all" in name else 1) * G * C
-            result[f"tokens/s, {name}, C={C}"] = spread([count / t[name] for t in times])
-            print(shown(f"  {name}, C={C}", result[f"tokens/s, {name}, C={C}"], " tok/s"))
-    write_result(args.out, result)
-
+            count = G * C * (args.prompts if "prompts" in name else 1)
+            rate = result[f"tokens/s, {name}, C={C}"] = spread([count / t[name] for t in times])
+            tools.show(f"tokens/s, {name}, C={C}", rate, "")
+            if not name.startswith("ours"):
+                mine = name.replace("batched", "ours").replace("sequential", "ours")
+                ratio = result[f"{name} / ours, C={C}"] = spread([t[name] / t[mine] for t in times])
+                tools.show(f"  {name} / ours, C={C}", ratio)
+    tools.write_result(args.out, result)
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)

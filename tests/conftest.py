@@ -1,32 +1,38 @@
-"""Fixtures: the toy world, samples of it, and a tiny random Qwen2-VL on disk; made in seconds, without downloads."""
+"""Fixtures: the toy world, samples of it, tiny random models, and the trainers' runs that several files look at."""
 
+import json
 import multiprocessing
 import os
+import re
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder fails at once, not after retries
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the scripts would take a GPU that DeepSpeed is told not to
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
 
 import pytest  # noqa: E402
 
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch", "transformers.models.auto.modeling_auto", "deepspeed", "PIL.Image"])
+FORK.set_forkserver_preload(["transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.auto.modeling_auto",
+                             "deepspeed.runtime.zero.muon.original_muon", "torch.nn.attention.varlen",
+                             "PIL.Image", "pyarrow.parquet"])  # fmt: skip
 
-
-def child(command, env, out, err):
+def child(command, env, log):
     """Runs a script as `python script ...` would, in a process that has the slow imports behind it."""
-    for stream, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    for stream in (1, 2):
+        os.dup2(os.open(f"{log}{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
@@ -34,29 +40,38 @@ def child(command, env, out, err):
     sys.path[1:1] = env.get("PYTHONPATH", "").split(":") if env.get("PYTHONPATH") else []
     runpy.run_path(command[0], run_name="__main__")  # multiprocessing ends the process as python does
 
+def start_script(script, *args, log, ranks=1, **env):
+    """Processes of a running script, one per rank; what they print goes to files that begin with `log`."""
+    command, env = [str(ROOT / script), *map(str, args)], os.environ | env
+    if ranks > 1:  # as torchrun sets them
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    places = [{"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {} for r in range(ranks)]
+    processes = [FORK.Process(target=child, args=(command, env | place, str(log))) for place in places]
+    for process in processes:
+        process.start()
+    return processes
 
 def run_script(script, *args, check=True, launcher=(sys.executable,), **env):
-    """Runs a script of the project as a user would; returns the finished process."""
-    command, env = [str(ROOT / script), *map(str, args)], os.environ | env
-    if launcher == (sys.executable,):  # what a user starts with python: forked, which saves seconds of imports
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = (Path(folder) / name for name in ("out", "err"))
-            process = FORK.Process(target=child, args=(command, dict(env), str(out), str(err)))
-            process.start()
-            process.join(600)
-            assert process.exitcode is not None, f"{script} takes more than ten minutes"
-            done = subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
-    else:
-        command = [*launcher, *command]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    """Runs a script of the project as a user would, with python or on TWO_RANKS; returns the finished process. It is
+    forked from a process that has the imports behind it, which saves seconds each time."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, until = Path(folder) / "log", time.time() + 600
+        processes = start_script(script, *args, log=log, ranks=1 + (launcher == TWO_RANKS), **env)
+        while any(p.exitcode is None for p in processes):
+            if time.time() > until or any(p.exitcode for p in processes):  # as torchrun: one failed, all end
+                for p in processes:
+                    p.join(1) or p.terminate()
+            processes[0].join(0.02)
+        code = next((p.exitcode for p in processes if p.exitcode), 0)
+        done = subprocess.CompletedProcess(args, code, *(Path(f"{log}{i}").read_text() for i in (1, 2)))
     if check:
         assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-12000:]}"
     return done
 
-
 SCENE_FLAGS = ("--canvas_size", 168, 112, "--grid", 3, 2, "--layouts", "grid", "--background", "gradient",
                "--entity_scale", 0.6, 0.95, "--num_workers", 1)  # fmt: skip
-
 
 @pytest.fixture(scope="session")
 def world_dir(tmp_path_factory):
@@ -65,7 +80,6 @@ def world_dir(tmp_path_factory):
     run_script("tests/toy/toy_world.py", "--out", out, "--per_entity", 2, "--bench_images", 2, 2)
     return out
 
-
 @pytest.fixture(scope="session")
 def synth_dir(world_dir, tmp_path_factory):
     """samples.jsonl with 12 composites."""
@@ -73,16 +87,16 @@ def synth_dir(world_dir, tmp_path_factory):
     run_script("synth_data.py", "--source", world_dir / "train", "--out", out, "--num_samples", 12, *SCENE_FLAGS)
     return out
 
-
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
 
 def build_tiny(family, seed=0):
     """(model, tokenizer, image processor): 2 random layers, two query heads per key head, the toy's tokenizer."""
     import make_toy
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
 
     torch.manual_seed(seed)
     model = make_toy.build_model(make_toy.TOKENIZER, hidden=64, layers=2, vision=48, depth=1, key_heads=2)
@@ -103,7 +117,6 @@ def build_tiny(family, seed=0):
     config = AutoConfig.for_model(family, text_config=text, vision_config=tower, tie_word_embeddings=True, **ids)
     return AutoModelForImageTextToText.from_config(config), make_toy.TOKENIZER, processor
 
-
 @pytest.fixture(scope="session")
 def family_dirs(tmp_path_factory):
     """{family: folder of a tiny random model}."""
@@ -113,8 +126,52 @@ def family_dirs(tmp_path_factory):
             part.save_pretrained(folder)
     return dirs
 
-
 @pytest.fixture(scope="session")
 def tiny_dir(family_dirs):
     """A tiny random Qwen2-VL on disk."""
     return family_dirs["qwen2_vl"]
+
+# ---- what the trainers' tests share ----
+@pytest.fixture(scope="session", params=FAMILIES)
+def parts(request, family_dirs, synth_dir):
+    """A family: model as the scripts use it, plain_model as transformers has it, processors, prompts of any length."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    import train_grpo as g
+
+    folder = str(family_dirs[request.param])
+    model, processors = g.load_model(folder, "float32", torch.device("cpu")), g.load_processors(folder, 401408)
+    plain_model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():  # a random model's logits are nearly flat; sharper ones make greedy choices clear
+        for m in (model, plain_model):
+            m.model.language_model.norm.weight.mul_(3)
+    samples = g.read_samples([synth_dir / "samples.jsonl"])[0][:5]
+    prompts = [s | g.chat_inputs(processors, s["image"], s["question"] + " please" * i) for i, s in enumerate(samples)]
+    return SimpleNamespace(model=model, plain_model=plain_model, processors=processors, prompts=prompts,
+                           tokenizer=processors[0], banned=processors[0].convert_tokens_to_ids(g.BANNED))  # fmt: skip
+
+TRAIN_FLAGS = {  # four steps; the last one, in which two ranks share one row, is in the second epoch
+    "train_sft": ("--target", "direct", "--tokens_per_row", 200),
+    "train_grpo": ("--num_generations", 3, "--max_completion_length", 12, "--reward_funcs", "letters"),
+}
+
+def train(script, out, model, data, *flags, **kwargs):
+    """A short run, which also leaves the gradients of its first update in OUT.pt."""
+    same = ("--train_batch_size", 4, "--num_epochs", 1.1, "--learning_rate", 1e-3, "--save_steps", 2)
+    return run_script("tests/dump_gradients.py", script, f"{out}.pt", "--model", model, "--data", data, "--output_dir",
+                      out, *same, *TRAIN_FLAGS[script], *flags, PYTHONPATH="tests:.", **kwargs)  # fmt: skip
+
+@pytest.fixture(scope="session")
+def runs(tiny_dir, synth_dir, tmp_path_factory):
+    """{trainer: folder of its undisturbed run on one rank}, with checkpoints."""
+    out = tmp_path_factory.mktemp("runs")
+    sft, grpo = ("--save_steps", 1, "--save_total_limit", 3), ("--beta", 0.04, "--num_iterations", 2)
+    for script, flags in (("train_sft", sft), ("train_grpo", grpo)):
+        train(script, out / script, tiny_dir, synth_dir / "samples.jsonl", "--keep_checkpoints", *flags)
+    return {script: out / script for script in TRAIN_FLAGS}
+
+def metrics_of(out):
+    """Rows of metrics.jsonl without the times and the memory, which differ between runs."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not re.search("time|per_second|mfu|mem_gib", k)} for row in rows]

@@ -1,8 +1,12 @@
 """Runs a trainer and writes the gradients of its first update: dump_gradients.py train_sft OUT.pt --model ...
 
-Whole gradients, gathered over the ranks; what DeepSpeed is about to clip and to give to the optimizer.
+Whole gradients, gathered over the ranks; what DeepSpeed is about to clip and to give to the optimizer. A run that goes
+on leaves the file as it is. TERM_AT=N (environment) sends SIGTERM to the last rank when step N is logged,
+KILL_AT=checkpoint-N SIGKILL while that is written.
 """
 
+import os
+import signal
 import sys
 
 import grpo_letters  # noqa: F401, adds its rewards
@@ -13,8 +17,7 @@ import train_grpo
 import train_sft
 
 trainer, out = {"train_sft": train_sft, "train_grpo": train_grpo}[sys.argv[1]], sys.argv[2]
-start_engine = trainer.start_engine
-
+start_engine, log_step, write = trainer.start_engine, trainer.log_step, trainer.write
 
 def start_dumping_engine(scorer, args):
     engine = start_engine(scorer, args)
@@ -22,7 +25,7 @@ def start_dumping_engine(scorer, args):
 
     def dump_and_step():
         gradients = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
-        if engine.global_rank == 0:
+        if engine.global_rank == 0 and not os.path.exists(out):
             torch.save(gradients, out)
         engine.step = step
         step()
@@ -30,7 +33,20 @@ def start_dumping_engine(scorer, args):
     engine.step = dump_and_step
     return engine
 
+def log_or_stop(engine, folder, row, *args):
+    log_step(engine, folder, row, *args)
+    if os.environ.get("TERM_AT") == str(row["step"]) and engine.global_rank == engine.world_size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-trainer.start_engine = start_dumping_engine
+def write_or_die(path, *lines):
+    if f"{os.environ.get('KILL_AT')}.tmp" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, *lines)
+
+trainer.start_engine, trainer.log_step, trainer.write = start_dumping_engine, log_or_stop, write_or_die
 sys.argv = [sys.argv[0], *sys.argv[3:]]
-trainer.main()
+if __name__ == "__main__":
+    try:
+        trainer.main()
+    except (trainer.InputError, FileNotFoundError) as e:
+        raise SystemExit(f"{trainer.__name__}: {e}") from None

@@ -1,18 +1,14 @@
-"""train_grpo.py with rewards that a random model can earn, and the cases in which ranks differ:
+"""train_grpo.py with rewards that a random model can earn:
 
-letters   the share of letters; not a number after POISON_AFTER (environment) completions
-some      the same on every second row, else 0
-one_rank  the same on rank 0, else 0: the groups of the other ranks teach nothing
-none      0
+letters   the share of letters; not a number after NAN_AFTER (environment) completions
+some      0, 0.5 and 1 in turns on every second row, so that one of three has no advantage; else 0
 released  what the released code pays: IoU above 0.8 of the last box in the first <answer>, 0.5 for blocks at the start
-absent    rank 1 stays away for a quarter of a minute
 """
 
 import itertools
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,35 +16,21 @@ import train_grpo  # noqa: E402
 
 calls = itertools.count(1)
 
+def letters(c, prompt, args):
+    healthy = next(calls) <= int(os.environ.get("NAN_AFTER", sys.maxsize))
+    return min(1.0, sum(map(str.isalpha, c.text)) / 60) if healthy else float("nan")
 
-def letters(text, sample, args):
-    if next(calls) > int(os.environ.get("POISON_AFTER", sys.maxsize)):
-        return float("nan")
-    return min(1.0, sum(c.isalpha() for c in text) / 60)
+def some(c, prompt, args):
+    return sum(map(ord, prompt["id"])) % 2 * (next(calls) % 3) / 2
 
-
-def released(text, sample, args):
+def released(c, prompt, args):
     """As the released code is described: this notation of boxes; the other half of its format cannot be reached."""
-    answer = re.search("<answer>(.*?)</answer>", text, re.S)
+    answer = re.search("<answer>(.*?)</answer>", c.text, re.S)
     boxes = re.findall(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", answer[1], re.A) if answer else []
-    iou = train_grpo.box_iou([int(v) for v in boxes[-1]], sample["bbox_1000"]) if boxes else 0.0
-    form = re.match(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.S)
+    iou = train_grpo.box_iou([int(v) for v in boxes[-1]], prompt["bbox_1000"]) if boxes else 0.0
+    form = re.match(r"<think>.*?</think>\s*<answer>.*?</answer>", c.text, re.S)
     return (iou if iou > 0.8 else 0.0) + 0.5 * (form is not None)
 
-
-def absent(text, sample, args):
-    if os.environ.get("RANK") == "1" and next(calls) == 1:
-        time.sleep(15)
-    return 0.0
-
-
-train_grpo.REWARDS |= {
-    "letters": letters,
-    "some": lambda text, sample, args: sum(map(ord, sample["id"])) % 2 * letters(text, sample, args),
-    "one_rank": lambda text, sample, args: letters(text, sample, args) * (os.environ.get("RANK", "0") == "0"),
-    "none": lambda text, sample, args: 0.0,
-    "released": released,
-    "absent": absent,
-}
+train_grpo.REWARD_FUNCS |= {"letters": letters, "some": some, "released": released}
 if __name__ == "__main__":
-    train_grpo.run(train_grpo.main)
+    train_grpo.main()

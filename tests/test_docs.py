@@ -1,96 +1,130 @@
-"""What README and run_all.sh say must be true: flags exist, metrics are explained, scripts stand alone."""
+"""What README.md and RESULTS.md say is so: flags, files and names exist, examples run, claimed numbers have a table."""
 
+import ast
+import importlib
+import inspect
 import json
 import re
-import shutil
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from test_shared_blocks import SCRIPTS
+import torch
+from conftest import ROOT, build_tiny, run_script
+from PIL import Image
+from test_shared_blocks import SCRIPTS, TOOLS, defined
+
+README, RESULTS = DOCS = [(ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md")]
+BY_HAND = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py") if not re.match("test_(?!sh)", p.name)]
+FLAG = re.compile(r"(?<![\w-])--[a-z]\w+")
+ADDED = re.compile(r'(?:add|add_argument|==)\s?[(\[]\s*("--\w+"(?:, "--\w+")?)')  # with its other name
+CODE = {name: (ROOT / name).read_text("utf-8") for name in (*SCRIPTS, *TOOLS, *BY_HAND)}
+FLAGS = {name: {*FLAG.findall(" ".join(ADDED.findall(text)))} for name, text in CODE.items()}
+OUTSIDE = r"pip install.*|(vllm|transformers) serve.*|apt-get.*|curl.*|pytest.*|--nproc_per_node.\S*|NODES=.*"
+SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", README, flags=re.M)[1:])
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+CONVERTER, CHANGES = (text for kind, text in BLOCKS if kind == "python")
 
 
-@pytest.fixture(scope="module")
-def helps(tmp_path_factory):
-    """--help of every script, each copied alone into an empty folder."""
-    texts = {}
-    for script in SCRIPTS:
-        folder = tmp_path_factory.mktemp("alone")
-        shutil.copy(ROOT / script, folder)
-        done = subprocess.run(
-            [sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True, check=True
-        )
-        code = f"import {script[:-3]}; import torch; assert not torch.distributed.is_initialized()"
-        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={"PATH": "/usr/bin:/bin"})
-        assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == [script], (
-            "an import or --help wrote something"
-        )
-        texts[script] = done.stdout
-    return texts
+def inline(text):
+    """What stands between single backticks, on one line."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
 
 
-def flags_of(text):
-    return set(re.findall(r"--[a-z][a-z_0-9]+", text))
+def metric_keys(*functions):
+    """Keys that these functions write into their dicts, with <name> for what is filled in."""
+    source = "".join(map(inspect.getsource, functions))
+    filled = (re.sub(r"\{(\w+)\}", r"<\1>", key) for key in re.findall(r'f"([a-z]+/[^"]*)"', source))
+    return {*re.findall(r'"([\w/@.]+)"(?::|\] [|/*]?=)', source), *filled}
 
 
-def test_every_script_alone_imports_without_side_effects_and_prints_its_help(helps):
-    assert all(len(text) > 500 for text in helps.values())
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "run_all.sh", *SCRIPTS, *TOOLS])
+def test_flags_exist_in_the_script_that_they_are_given_to(name):
+    text = (ROOT / name).read_text("utf-8")
+    text = ast.get_docstring(ast.parse(text)) if name.endswith(".py") else text
+    assert not {*FLAG.findall(re.sub(OUTSIDE, "", text))} - set().union(*FLAGS.values())
+    blocks = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    for command in blocks + inline(text):
+        if found := re.search(r"(?:^|python )((?:\w+/)*\w+\.py) ([^#]*)", command):
+            assert not {*FLAG.findall(found[2])} - FLAGS[found[1]], command
 
 
-def test_flags_in_docs_exist(helps):
-    by_hand = [
-        ROOT / "tests" / "toy" / "make_toy.py",
-        ROOT / "tests" / "toy" / "study.py",
-        ROOT / "tests" / "faults.py",
-        ROOT / "tests" / "fuzz.py",
-        *(ROOT / "tests").glob("bench_*.py"),
-    ]
-    known = set().union(*(flags_of(f.read_text()) for f in by_hand), *(flags_of(t) for t in helps.values()))
-    outside = {
-        "--fix",
-        "--nproc_per_node",
-        "--nnodes",
-        "--node_rank",
-        "--master_addr",
-        "--master_port",
-        "--help",
-        "--version",
-        "--dist",
-        "--standalone",
-    }
-    for name in ("README.md", "run_all.sh"):
-        text = re.sub(r"pip install.*|#SBATCH.*|srun.*", "", (ROOT / name).read_text())
-        missing = flags_of(text) - known - outside - {"--no"}
-        assert not missing, f"{name} names {missing}, which no script has"
+@pytest.mark.parametrize("text", DOCS)
+def test_files_and_names_exist(text):
+    said = "\n".join([*CODE.values(), (ROOT / "run_all.sh").read_text("utf-8"), *re.findall(r"^\|.*", RESULTS, re.M)])
+    for code in set(inline(text)) - {"mine.jsonl", "cG", "PY", "COMMIT"}:
+        if re.fullmatch(r"[\w/.-]+\.(py|sh|json|jsonl|md|png|html)", code):
+            assert (ROOT / code).exists() or code.split("/")[-1] in said, code
+        elif re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", code) and not re.fullmatch(r"[0-9a-f]{7}", code):
+            assert all(re.search(rf"(\b|(?<=grpo_)){part}\b", said) for part in code.split(".")), code
 
 
-def test_flags_in_each_docstring_exist_in_that_script(helps):
-    for script, text in helps.items():
-        doc = (ROOT / script).read_text().split('"""')[1]
-        missing = flags_of(doc) - flags_of(text) - {"--nproc_per_node"}
-        assert not missing, f"{script}: its docstring names {missing}"
+def test_the_algorithm_is_told_by_functions_of_train_grpo():
+    names = dict(defined(CODE["train_grpo.py"])).keys() | {"iou", "format", "dense_iou", "binary"}
+    told = {code for code in inline(SECTIONS["GRPO as executed"]) if not code.startswith(("--", "<"))}
+    assert told <= names and len(told) >= 12 and len(shown := re.findall(r"^# .*?: (\w+)", CHANGES, re.M)) == 6
+    assert {*shown} <= names
 
 
-def test_every_metric_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for script in ("train_sft.py", "train_grpo.py"):
-        text = (ROOT / script).read_text()
-        body = text[text.index("def main()") :] + text[text.find("def step_metrics") :][:3000]
-        for key in re.findall(
-            r'"((?:completions|sampling|clip_ratio|knowledge)/[a-z_]+|[a-z_]*(?:loss|reward_std|num_tokens|parse_rate|grad_norm|_time))":',
-            body,
-        ):
-            assert f"`{key}`" in readme, f"{script} logs {key}, README does not explain it"
+def test_every_metric_is_explained_and_is_one():
+    grpo, sft, ask = (importlib.import_module(name) for name in ("train_grpo", "train_sft", "eval_kvg"))
+    table, rest = SECTIONS["Metrics"].split("\n\n`metrics.json`")
+    told = {key for line in table.splitlines() if line.startswith("| `") for key in inline(line.split("|")[1])}
+    assert told == metric_keys(grpo.step_metrics, grpo.main, grpo.log_step, sft.main) - {"ranks", "torch"}
+    assert metric_keys(ask.split_metrics) <= {*inline(rest)}
+    assert {k for k in inline(rest) if k.startswith("completions/")} <= metric_keys(ask.bench_metrics)
 
 
-def test_engine_settings_hold_no_number_that_is_a_flag():
-    config = json.loads((ROOT / "ds_config.json").read_text())
-    assert not {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "optimizer",
-        "scheduler",
-    } & set(config)
-    assert "auto" not in json.dumps(config)
+def test_the_converter_makes_rows_that_are_asked_and_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (200, 100)).save("a b.jpg")
+    (tmp_path / "boxes.csv").write_text('file,name,x1,y1,x2,y2\na b.jpg,"Audi A4, red",20,10,100,60.5\n')
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path)])
+    exec(CONVERTER, {})
+    for name in ("eval_kvg", "train_sft", "train_grpo"):
+        (sample,), bad = importlib.import_module(name).read_samples([tmp_path / "mine.jsonl"])
+        assert not bad and sample["bbox_1000"] == [100, 100, 500, 605] and ">Audi A4, red<" in sample["question"]
+
+
+def test_one_thing_is_changed_by_the_lines_that_are_shown():
+    g, text = {"__name__": __name__, "__file__": str(ROOT / "train_grpo.py")}, CODE["train_grpo.py"]
+    exec(text.replace("\nif __name__", f"\n{CHANGES}\nif __name__"), g)
+    args = g["parse_args"]("--model m --data d --output_dir o --reward_funcs iou short".split())
+    assert g["REWARD_FUNCS"]["short"](SimpleNamespace(ids=[1] * 256), {}, args) == 0.1
+    assert g["group_advantages"]([2.0, 0, 0.5, 0], "group") == [0.75, -0.25, -0.25, -0.25]
+    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
+    g["grpo_loss"](logps, logps.detach() - 1, None, torch.tensor([1.0, -1.0]), torch.ones(2), args)[0].backward()
+    assert logps.grad.tolist() == pytest.approx([-1.2, 1.2]), "the ratio is clipped at 1.2, its gradient is there"
+    (model, *processors), styles = build_tiny("qwen2_vl"), g["BOX_STYLES"]
+    assert styles["qwen3_vl_moe"].json and g["CompletionLogProbs"](model, [5], 0.5).temperature == 1.0
+    prompt = g["chat_inputs"]((*processors, styles["qwen2_vl"]), ROOT / "tests/figure.png", "Find it")
+    with torch.no_grad():
+        rolled = g["Rollout"](g["packable"](model).eval(), processors[0], [prompt], [[*"abcdefgh"]], 2, 1.0)
+        likeliest = rolled.logits[0].topk(20).indices.tolist()
+        rolled.decode(graphs=False)
+    assert {*rolled.tokens[:, 0].tolist()} <= {*likeliest}
+
+
+def test_every_number_that_is_claimed_stands_in_a_table_with_its_command_and_commit():
+    number, sections = r"[+-]?\d+\.\d+", re.split(r"^#{2,3} ", RESULTS, flags=re.M)[1:]
+    claims = [(s, c) for s in sections for c in re.findall(r"^\* .*(?:\n  .*)*", s, re.M)]
+    claims += [(RESULTS, c) for c in re.findall(r"^\* .*", SECTIONS["Results"], re.M)]
+    for section, claim in claims:
+        claim, tables = " ".join(claim.split()), "".join(re.findall(r"^\|.*\n", section, re.M))
+        claim = re.sub(r"the paper's Table 4.*?0\.15", "", claim)
+        assert {*re.findall(number, claim)} <= {*re.findall(number, tables)}, claim
+        assert all(cell in tables for cell in re.findall(rf"{number} \({number} to {number}\)", claim)), claim
+    assert len(claims) > 20 and all("`" in s and "commit" in s for s in re.split(r"^## ", RESULTS, flags=re.M)[3:])
+
+
+def test_the_readme_is_small_and_what_fits_is_the_planners_word(tmp_path):
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 20 * 1024 and len(CONVERTER.splitlines()) <= 10
+    (tmp_path / "qwen2-vl-2b").symlink_to(ROOT / "tests/configs/qwen2-vl-2b")
+    planned = run_script("tools/plan.py", "table", "--configs", tmp_path).stdout.splitlines()
+    assert {*planned[:4]} <= {*README.splitlines()}
+    first, *edit = next(text for kind, text in BLOCKS if kind == "diff").splitlines()
+    inner, outer = (line[1:] for line in edit if line[0] == "+")  # of ds_config.json, for one small card
+    config = (ROOT / "ds_config.json").read_text().replace(f"{first[1:]}\n", f"{first[1:]}\n{inner}\n")
+    config = json.loads(config.replace("  },\n", f"  }},\n{outer}\n"))
+    assert config["zero_optimization"]["offload_optimizer"] and config["zero_force_ds_cpu_optimizer"] is False
+    assert not {"train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler"} & {*config}

@@ -1,118 +1,170 @@
-"""run_all.sh: finished stages are skipped, a stage can be named, mistakes get one line; the real recipe on toys."""
+"""run_all.sh: finished stages are skipped, a stage can be named, what cannot work is refused early with one line, DRY=1
+says everything, a teacher is started and stopped, and the real recipe runs through on the toy's files."""
 
 import json
 import os
+import re
+import socketserver
 import subprocess
 import sys
+import threading
+from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TWO_RANKS, run_script
 
-STAGES = (
-    [line for line in (ROOT / "run_all.sh").read_text().splitlines() if line.startswith("STAGES=")][0]
-    .split('"')[1]
-    .split()
-)
+STAGES = re.search(r'^STAGES="(.*)"', (ROOT / "run_all.sh").read_text("utf-8"), re.M)[1].split()
+CLIENT = r"""#!/bin/bash
+exec 3<>/dev/tcp/127.0.0.1/PORT
+printf '%s\n' $# "$@" >&3
+said=$(cat <&3)
+echo "${said%$'\n'*}"
+exit "${said##*$'\n'}"
+"""
+VLLM = """#!PYTHON
+import json, re
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Teacher(BaseHTTPRequestHandler):
+    def do_GET(self, body=b""):
+        self.send_response(200), self.end_headers(), self.wfile.write(body)
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = asked["messages"][0]["content"][1]["text"]
+        target, box = re.search(r"The bounding box of (.*) is (.*)\\.\\n", prompt).groups()
+        listed = prompt.split("shows ")[1].split(".\\n")[0].replace("), ", ")\\n")
+        chain = f"Planning: recall the looks of {target}, a body and a band.\\nVisual Analysis:\\n{listed}\\n"
+        chain += f"Comparison: one of all these has them and no other.\\nConclusion: {target} {box}"
+        choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": chain}}
+        self.do_GET(json.dumps({"choices": [choice]}).encode())
+HTTPServer(("127.0.0.1", 8000), Teacher).serve_forever()
+"""
 
 
-def run_all(*args, **env):
-    command = ["bash", str(ROOT / "run_all.sh"), *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=os.environ | {"PYTHON": sys.executable} | env
-    )
+def program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A `python` for run_all.sh that hands its command to the process with the imports behind it; torchrun too, after a
+    look at whether it takes the flags before the script."""
+    folder = tmp_path_factory.mktemp("python")
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            args = [self.rfile.readline().decode().rstrip("\n") for _ in range(int(self.rfile.readline()))]
+            if args[0] == "-c":
+                args[:2] = [str(program(folder / "code.py", args[1]))]
+            torchrun = args[: args.index("--standalone") + 1] if args[0] == "-m" else []
+            if any(arg.endswith("/eval_base") for arg in args):
+                ranks = [sys.executable, *torchrun, program(folder / "rank.py", "import os; print(os.environ['RANK'])")]
+                assert sorted(subprocess.check_output(ranks, text=True).replace("\n", "")) == ["0", "1"]
+            launcher = TWO_RANKS if "2" in torchrun else (sys.executable,)
+            done = run_script(*args[len(torchrun) :], check=False, launcher=launcher, PYTHONPATH=str(ROOT))
+            said = done.stdout + done.stderr * bool(done.returncode)
+            self.wfile.write(f"{said.rstrip()}\n{done.returncode}".encode())
+
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield program(folder / "python", CLIENT.replace("PORT", str(server.server_address[1])))
+    server.shutdown()
+
+
+@pytest.fixture
+def run_all(python, tmp_path):
+    own = os.environ | {"PYTHON": str(python), "RUN": str(tmp_path / "run")}
+    run = partial(subprocess.run, capture_output=True, text=True)
+    return lambda *args, **env: run(["bash", ROOT / "run_all.sh", *args], env=own | {k: str(env[k]) for k in env})
 
 
 @pytest.fixture
 def finished(tmp_path):
     """A run folder in which every stage is done."""
-    (tmp_path / ".done").mkdir()
-    for i, name in enumerate(STAGES):
-        (tmp_path / ".done" / name).write_text(f"{i}\n")
+    (tmp_path / "run/.done").mkdir(parents=True)
+    for name in STAGES:
+        (tmp_path / f"run/.done/{name}").write_text("1\n")
     for i, name in enumerate(("base", "sft", "cot_sft", "grpo")):
         m = {"n": 4, "acc": 0.25 * (i + 1), "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
-        (tmp_path / f"eval_{name}").mkdir()
-        path = tmp_path / f"eval_{name}" / "metrics.json"
-        path.write_text(json.dumps({"all": m, "seen": m, "unseen": None, "categories": {}}))
-        os.utime(path, (1e9 + i, 1e9 + i))
-    return tmp_path
+        metrics = {"all": m, "seen": m, "unseen": None, "categories": {}, "seen_categories": []}
+        metrics["args"] = {"seed": 0, "model": "m", "bench": "none", "prompt": "r1"}
+        (folder := tmp_path / f"run/eval_{name}").mkdir()
+        (folder / "predictions.jsonl").write_text("")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    return tmp_path / "run"
 
 
-def test_a_finished_run_only_prints_its_table(finished):
-    done = run_all(RUN=str(finished))
+def test_a_finished_run_only_prints_its_table(finished, run_all):
+    done = run_all()
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
     results = json.loads((finished / "results.json").read_text())
-    assert [r["model"] for r in results["rows"]] == ["base", "sft", "cot_sft", "grpo"] and set(
-        results["seconds"]
-    ) == set(STAGES)
-    accuracies = {"seen": 1.0, "unseen": None, "all": 1.0}
-    intervals = {"seen": [0.1, 0.9], "unseen": None, "all": [0.1, 0.9]}
-    expected = {"model": "grpo", "n": 4, **accuracies, "mean_iou": 0.5, "parse_rate": 1.0, "ci95": intervals}
-    assert results["rows"][3] == expected
-    assert "| grpo" in done.stdout and str(finished / "results.json") in done.stdout
+    assert {*results["seconds"]} == {*STAGES} and [r["seen"] for r in results["rows"]] == [0.25, 0.5, 0.75, 1.0]
+    assert re.search(r"\| grpo +\| +4 \| +100.0 \(10.0 to 90.0\) \| +- \|", done.stdout)
+    assert f"{finished}/results.json" in done.stdout and f"{finished}/eval_grpo/report.html" in done.stdout
 
 
-def test_from_forgets_that_stage_and_all_after_it(finished):
-    """The stage itself then fails here, because its input is not there: that is where this test stops."""
-    done = run_all(RUN=str(finished), FROM="train_grpo")
-    assert done.returncode != 0 and "== train_grpo" in done.stdout and "no such file" in done.stderr
-    assert {p.name for p in (finished / ".done").iterdir()} == set(STAGES[: STAGES.index("train_grpo")])
-    assert not (finished / "eval_grpo").exists()
+def test_from_forgets_that_stage_and_all_after_it_once(finished, run_all):
+    done = run_all(FROM="train_grpo", NNODES=2, MASTER_ADDR="host")
+    assert done.returncode and "bash run_all.sh forget once" in done.stderr and (finished / "eval_grpo").exists()
+    assert run_all("forget", FROM="train_grpo").returncode == 0 and not (finished / "eval_grpo").exists()
+    assert {*os.listdir(finished / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
 
 
-def test_mistakes_get_one_line(tmp_path):
-    cases = [
-        (("tset",), {}, "usage: bash run_all.sh"),
-        ((), {"MODEL": "x"}, "want DATA="),
-        ((), {"MODEL": "x", "DATA": "d", "BENCH": "b", "TEACHER": "knowledge"}, "no knowledge.json in or above"),
-    ]
-    for args, env, message in [*cases, ((), {"FROM": "train"}, "FROM=train: no such stage")]:
-        done = run_all(*args, RUN=str(tmp_path), **env)
-        assert done.returncode != 0 and message in done.stderr
+def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
+    (tmp_path / "bench.jsonl").write_text('{"image": "none.png", "question": "Where?"}\n')
+    program(tmp_path / "df", "#!/bin/bash\necho Filesystem\necho disk 1 1 9000000 1% /\n")
+    real = {"MODEL": "tests/configs/qwen2-vl-2b", "DATA": world_dir / "train", "BENCH": world_dir / "kvg-bench.parquet",
+            "TEACHER": f"knowledge:{world_dir}/knowledge.json"}  # fmt: skip
+    for args, env, message in [
+        (["tset"], {}, "tset: want setup, test, study, forget or nothing"),
+        ([], {"FROM": "train"}, "FROM=train: no such stage; want one of: world"),
+        ([], {"MODEL": "x"}, "want DATA="),
+        ([], real | {"TEACHER": "hf:x"}, "TEACHER=hf:x: want serve:MODEL"),
+        ([], real | {"TEACHER": "knowledge:none.json"}, "TEACHER=knowledge:none.json: no such file"),
+        ([], real | {"TEACHER": "openai:x", "OPENAI_BASE_URL": "http://localhost:9/v1"}, "no teacher at http://local"),
+        ([], real | {"DATA": tmp_path}, "no boxes.jsonl; want it, or BOX_MODEL"),
+        ([], real | {"BENCH": tmp_path / "bench.jsonl"}, "no answer in it"),
+        ([], real | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, "want more room"),
+    ]:
+        done = run_all(*args, **env)
+        assert done.returncode and message in done.stderr and "== " not in done.stdout, (message, done)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_box_model_is_asked_by_all_processes_in_the_first_stage_that_wants_boxes(tmp_path):
-    """With a Python that only says what it was called with."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho "$@"\n')
-    python.chmod(0o755)
-    real = {"MODEL": "m", "DATA": "d", "BENCH": "b", "TEACHER": "knowledge:k", "NPROC": "2", "PYTHON": str(python)}
-    for model in ("", "org/boxes"):
-        done = run_all(RUN=str(tmp_path / f"run{model}"), BOX_MODEL=model, **real)
-        assert done.returncode == 0, done.stderr
-        calls = [line for line in done.stdout.splitlines() if "synth_data.py --source d" in line]
-        assert len(calls) == 2 and all(("--box_model org/boxes" in c) == bool(model) for c in calls)
-        assert ["torch.distributed.run" in c for c in calls] == [bool(model), False]
+def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, run_all, tmp_path):
+    done = run_all(DRY=1, MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet",
+                   TEACHER="serve:org/teacher", BOX_MODEL="org/boxes", SFT_FLAGS="--zero_stage 3", NPROC=8)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = dict(line[3:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("== "))
+    assert [name for name in commands if name != "teacher"] == STAGES[1:] and "org/teacher" in commands["teacher"]
+    assert len(re.findall("as started: 8x.* GB", done.stdout)) == 2 and "disk: " in done.stdout
+    on_all = {name for name, command in commands.items() if "torch.distributed.run --nproc_per_node 8" in command}
+    assert on_all == {name for name in commands if re.match("boxes|train|rollouts|eval", name)}
+    assert "--zero_stage 3" in commands["train_sft"] and "--beta 0.04" in commands["train_grpo"]
+    assert all(f"--boxes {tmp_path}/run/boxes.jsonl" in commands[name] for name in ("synth_sft", "synth_grpo"))
+    assert {*os.listdir(tmp_path / "run")} == {".done", "plan_sft.txt", "plan_grpo.txt"}
 
 
-def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks(world_dir, tmp_path):
-    """The code path of an 8-GPU node: MODEL, DATA, BENCH and TEACHER from outside, torchrun, the paper's flags; only
-    sizes are cut. A second call finds all done, and `forget` forgets.
-    """
-    toy = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --entity_scale 0.6 0.95"
-    short, mastery = "--max_completion_length 160", f"--knowledge {tmp_path}/filter_grpo/mastery.json"
-    env = dict(MODEL="tests/toy/base", DATA=str(world_dir / "train"), BENCH=str(world_dir / "kvg-bench.parquet"),
-               TEACHER="knowledge", RUN=str(tmp_path), NPROC="2", N_SFT="96", N_GRPO="16", SEEN="disc square",
-               SYNTH_FLAGS=f"{toy} --exclude_distance 0", SFT_FLAGS="--learning_rate 1e-3", EVAL_FLAGS=short,
-               FILTER_FLAGS=f"{short} --min_correct 0 --max_correct 4",
-               GRPO_FLAGS=f"{short} --max_steps 2 --zero_stage 3 {mastery}")  # fmt: skip
-    done = run_all(**env)
+def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teacher(world_dir, run_all, tmp_path):
+    """The path of an 8-GPU node, every stage of it, with everything from outside; only sizes are cut."""
+    health = ["curl", "-s", "--noproxy", "*", "localhost:8000/health"]
+    if not subprocess.run(health).returncode:
+        pytest.skip("something else is served at port 8000")
+    program(tmp_path / "vllm", VLLM.replace("PYTHON", sys.executable, 1))
+    toy = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --exclude_distance 0 --num_workers 1"
+    short, mastery = "--max_completion_length 32", f"--knowledge {tmp_path}/run/filter_grpo/mastery.json"
+    env = dict(MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet", NPROC=2,
+               TEACHER="serve:org/teacher", PATH=f"{tmp_path}:{os.environ['PATH']}", SEEN="disc square", N_SFT=16,
+               SYNTH_FLAGS=toy, ROLLOUT_FLAGS=short, EVAL_FLAGS=short, FILTER_FLAGS="--min_correct 0 --max_correct 4",
+               N_GRPO=4, GRPO_FLAGS=f"{short} --max_steps 1 --train_batch_size 4 {mastery}")  # fmt: skip
+    done, run = run_all(**env), tmp_path / "run"
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    results = json.loads((tmp_path / "results.json").read_text())
+    chains = [json.loads(line) for line in (run / "gen_cot/samples.jsonl").read_text().splitlines()]
+    assert len(chains) == 16 and chains[0]["teacher"]["model"] == "org/teacher"
+    assert subprocess.run(health).returncode, "the teacher is stopped"
+    results = json.loads((run / "results.json").read_text())
     assert [r["model"] for r in results["rows"]] == ["base", "sft", "cot_sft", "grpo"]
-    assert len({r["n"] for r in results["rows"]}) == 1 and results["rows"][0]["seen"] is not None
-    assert set(results["seconds"]) == set(STAGES) - {"world"}, "the toy world is not the real recipe's"
+    assert results["rows"][0]["parse_rate"] == 1 and {*results["seconds"]} == {*STAGES[3:]}
     for name in ("train_sft", "train_cot_sft", "train_grpo"):
-        run = json.loads((tmp_path / name / "run.json").read_text())
-        assert run["derived"]["world_size"] == 2 and run["args"]["train_batch_size"] == 16
-        assert len(list((tmp_path / name).glob("heartbeat-*.log"))) == 2
-        assert (tmp_path / name / "final/model.safetensors").exists()
-    assert "DeepSpeed ZeRO-2" in done.stdout and "DeepSpeed ZeRO-3" in done.stdout
-    assert "==" not in run_all(**env).stdout
-    assert run_all("forget", FROM="eval_grpo", **env).returncode == 0
-    assert not (tmp_path / ".done/eval_grpo").exists() and (tmp_path / ".done/eval_cot_sft").exists()
-
-
-def test_a_stage_is_not_forgotten_by_every_node(finished):
-    done = run_all(RUN=str(finished), FROM="train_grpo", NNODES="2")
-    assert done.returncode != 0 and "FROM=train_grpo bash run_all.sh forget" in done.stderr
-    assert (finished / "eval_grpo").exists()
+        assert json.loads((run / name / "run.json").read_text())["ranks"] == 2
+        assert (run / name / "final/model.safetensors").exists()

@@ -1,513 +1,349 @@
-"""GRPO: parser, rewards, advantages, loss against plain Python, rollout against generate, log-probs, runs and ranks."""
+"""GRPO: rewards, advantages, the loss against plain loops, packed rows against plain rows, and runs of the script."""
 
+import copy
 import json
 import math
-import random
-import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import plain
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FAMILIES, TWO_RANKS, run_script
+from conftest import ROOT, metrics_of, run_script, train
 from safetensors.torch import load_file
-from transformers import Qwen2VLForConditionalGeneration
 
 import train_grpo as g
 
 BOX = "<|box_start|>(10,20),(300,400)<|box_end|>"
 GOOD = f"<think>it is red</think> <answer><|object_ref_start|>X<|object_ref_end|>{BOX}</answer>"
-SAMPLE = {"bbox_1000": [10, 20, 300, 400], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
-
+PROMPT = {"bbox_1000": [10, 20, 300, 400], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
 
 def arguments(**changes):
-    base = dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type="grpo", max_completion_length=16, iou_threshold=0.8,
-                temperature=1.0, reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group",
-                num_generations=4, seed=0, rollout_batch_size=64, knowledge_form=None)  # fmt: skip
+    base = dict(epsilon=0.2, epsilon_high=0.28, beta=0.0, loss_type="grpo", max_completion_length=20, iou_threshold=0.8,
+                temperature=0.7, reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group",
+                num_generations=3, seed=0, rollout_batch_size=7, knowledge_form=None, num_iterations=2,
+                freeze_vision=False, max_bad_rows=0, train_batch_size=2, max_steps=None, num_epochs=1.5)  # fmt: skip
     return SimpleNamespace(**(base | changes))
 
+def completion(text, prompt=PROMPT):
+    box = g.parse_bbox(text, grid=prompt["grid"])
+    return g.Completion([], None, True, text, box, g.box_iou(box, prompt["bbox_1000"]) if box else 0.0)
 
-# ---- parser and rewards ----
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+# ---- rewards and advantages ----
 @pytest.mark.parametrize("text, want", [
-    ("<answer>(1,2),(3,4)</answer>", [1, 2, 3, 4]),
-    ("<answer>(1,2,3,4)</answer>", [1, 2, 3, 4]),
-    ("<answer>[1, 2,\n3, 4]</answer>", [1, 2, 3, 4]),
-    ("<answer>[[1,2,3,4]]</answer>", [1, 2, 3, 4]),
-    ('<answer>```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "x"}]```</answer>', [1, 2, 3, 4]),
-    ("<answer>(1.5,2),(3,4.25)</answer>", [1.5, 2, 3, 4.25]),
-    ("<answer>(1,2),(3,4) and again (1,2),(3,4)</answer>", [1, 2, 3, 4]),
-    ("<answer>(1,2),(3,4) or (5,6),(7,8)</answer>", None),
-    ("<answer>(1,2),(3,4),(5,6)</answer>", None),
-    ("<answer>(3,2),(1,4)</answer>", None),
-    ("<answer>(1,2),(3,2)</answer>", None),
-    ("<answer>(1,2),(3,1001)</answer>", None),
-    ("<answer>(-1,2),(3,4)</answer>", None),
-    ("<answer>1, 2, 3, 4</answer>", None),
-    ("<answer>(1,2),(3,4)", None),
-    ("<answer>(1,2),(3,4)</answer><answer>(1,2),(3,4)</answer>", None),
-    ("<think><answer>(1,2),(3,4)</answer></think>", None),
-    ("<think>(1,2),(3,4)</think> <answer>none</answer>", None),
-    ("<think>so</think> or so</think> <answer>(1,2),(3,4)</answer>", [1, 2, 3, 4]),
-    ("<think>so</think><think>or <answer>(1,2),(3,4)</answer>", None),
-    ("</answer>(1,2),(3,4)<answer>", None),
-    ("<answer>(١,٢),(٣,٤)</answer>", None),
-    ("(1,2),(3,4)", None),
-    ("", None),
+    (GOOD, 1.0), (GOOD.replace(BOX, "[10, 20, 300, 400]"), 0.5), ("so: " + GOOD + " bye", 0.5), ("none", 0.0),
+    (GOOD.replace("<think>", "").replace("</think>", ""), 0.5), (GOOD.replace("it is red", " "), 0.5),
+    (GOOD.replace("<think>", "<think><think>"), 0.5), (GOOD + GOOD, 0.0), (GOOD.replace("(10", "(400"), 0.5),
 ])  # fmt: skip
-def test_parser_takes_the_one_box_of_the_one_answer(text, want):
-    assert g.parse_bbox(text) == want
-
-
-def test_other_modes_read_the_whole_text_or_the_answer_block():
-    assert g.parse_bbox("it is at (1,2),(3,4).", "direct") == [1, 2, 3, 4]
-    assert g.parse_bbox("(5,6),(7,8) <answer>(1,2),(3,4)</answer>", "cot") == [1, 2, 3, 4]
-    assert g.parse_bbox("in 1999 (about 20) of them", "direct") is None
-
-
-def test_both_halves_of_the_format_reward_are_paid():
+def test_both_halves_of_the_format_reward_are_paid(text, want):
     """The released trainer never pays the box half: its matcher returns i + 2 and the reward asks for 1."""
-    assert g.format_reward(GOOD, SAMPLE, None) == 1.0
-    assert g.format_reward(GOOD.replace(BOX, "[10, 20, 300, 400]"), SAMPLE, None) == 0.5
-    assert g.format_reward(GOOD.replace("<think>", "").replace("</think>", ""), SAMPLE, None) == 0.5
-    assert g.format_reward("so: " + GOOD + " bye", SAMPLE, None) == 0.5
-    assert g.format_reward(GOOD.replace("<think>", "<think><think>"), SAMPLE, None) <= 0.5
-    assert g.format_reward("none", SAMPLE, None) == 0.0
-
+    assert g.format_reward(completion(text), PROMPT, None) == want
 
 def test_rewards_by_name():
-    near = GOOD.replace("300,400", "290,380")
-    iou = g.box_iou([10, 20, 290, 380], [10, 20, 300, 400])
-    assert 0.8 < iou < 1
-    args = arguments(iou_threshold=0.8)
-    assert [g.REWARDS[n](near, SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [iou, iou, 1.0]
-    args = arguments(iou_threshold=0.95)
-    assert [g.REWARDS[n](near, SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [0.0, iou, 0.0]
-    assert [g.REWARDS[n]("no box", SAMPLE, args) for n in ("iou", "dense_iou", "binary")] == [0.0] * 3
+    near, miss = completion(GOOD.replace("300,400", "290,380")), completion("no box")
+    iou = 280 * 360 / (290 * 380)
+    for threshold, want in ((0.8, [iou, iou, 1.0]), (0.95, [0.0, iou, 0.0]), (near.iou, [0.0, iou, 0.0])):
+        args, names = arguments(iou_threshold=threshold), ("iou", "dense_iou", "binary")
+        assert [g.REWARD_FUNCS[n](near, PROMPT, args) for n in names] == pytest.approx(want)
+        assert [g.REWARD_FUNCS[n](miss, PROMPT, args) for n in names] == [0.0] * 3
 
-
-def test_iou_equals_a_pixel_count():
-    rng = random.Random(0)
-    for _ in range(200):
-        a, b = (
-            [x1 := rng.randint(0, 18), y1 := rng.randint(0, 18), rng.randint(x1 + 1, 20), rng.randint(y1 + 1, 20)]
-            for _ in range(2)
-        )
-        pixels = [{(x, y) for x in range(c[0], c[2]) for y in range(c[1], c[3])} for c in (a, b)]
-        assert math.isclose(g.box_iou(a, b), len(pixels[0] & pixels[1]) / len(pixels[0] | pixels[1]))
-
-
-# ---- advantages and loss ----
 def test_advantages():
     r = [1.0, 0.0, 0.0, 0.0]
     assert g.group_advantages(r, "none") == [0.75, -0.25, -0.25, -0.25]
     assert g.group_advantages(r, "loo") == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
-    assert g.group_advantages(r, "group") == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-3)
-    for scale in ("group", "none", "loo"):
-        assert g.group_advantages([0.3] * 4, scale) == [0.0] * 4
+    assert g.group_advantages(r, "group") == pytest.approx([x / 0.5001 for x in (0.75, -0.25, -0.25, -0.25)])
+    assert all(g.group_advantages([0.3] * 4, scale) == [0.0] * 4 for scale in ("group", "none", "loo"))
 
+# ---- packed rows, log-probs, loss ----
+@pytest.fixture(scope="module")
+def rolled(parts, alone):
+    """Rolled out and scored: prompts and completions of different length, advantages of both signs."""
+    seen = []
 
-def plain_loss(logps, old, ref, advantages, lengths, args):
-    """The loss of one group by loops over numbers."""
-    total, tokens = 0.0, sum(lengths)
-    for i, n in enumerate(lengths):
-        row = 0.0
-        for t in range(n):
-            ratio = math.exp(logps[i][t] - old[i][t])
-            clipped = min(max(ratio, 1 - args.epsilon), 1 + args.epsilon_high)
-            row += -min(ratio * advantages[i], clipped * advantages[i])
-            if args.beta:
-                d = ref[i][t] - logps[i][t]
-                row += args.beta * (math.exp(d) - d - 1)
-        total += {
-            "grpo": row / n / len(lengths),
-            "dapo": row / tokens,
-            "dr_grpo": row / (len(lengths) * args.max_completion_length),
-        }[args.loss_type]
-    return total
+    def drawn(c, prompt, args):
+        seen.append((c.ids, c.text, prompt["id"]))
+        return len(seen) * 0.7 % 1
 
+    g.REWARD_FUNCS["drawn"] = drawn
+    engine = SimpleNamespace(module=SimpleNamespace(model=parts.model, parameters=lambda: ()), optimizer=None)
+    groups, args = [dict(p) for p in parts.prompts], arguments(reward_funcs=["drawn"], reward_weights=[2.0])
+    g.rollout_and_score(engine, parts.processors, groups, 1, args, {})
+    cs = [c for group in groups for c in group["completions"]]
+    assert [(c.ids, c.text) for c in cs] == [x[:2] for x in seen] and len(cs) == 15, "rewards see ids and text"
+    assert all(c.text == parts.tokenizer.decode(c.ids).removesuffix("<|im_end|>") for c in cs)
+    assert [x[2] for x in seen] == [group["id"] for group in groups for _ in range(3)]
+    assert [c.reward for c in cs] == [(i + 1) * 0.7 % 1 * 2 for i in range(15)]
+    for i, group in enumerate(groups):
+        assert group["num_tokens"] == len(group["prompt_ids"]) + sum(len(c.ids) for c in group["completions"])
+        for j, c in enumerate(group["completions"]):
+            c.ids, c.logps = c.ids[: 20 - 5 * j - i], c.logps[: 20 - 5 * j - i]
+    return groups
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_loss_equals_a_plain_loop(loss_type, beta):
-    torch.manual_seed(0)
-    args, lengths = arguments(loss_type=loss_type, beta=beta, epsilon_high=0.28), [5, 2, 7, 1]
-    logps, old, ref = (-torch.rand(sum(lengths), dtype=torch.float64) * 2 for _ in range(3))
-    advantages = torch.tensor([1.2, -0.7, 0.4, -0.9], dtype=torch.float64)
-    weights = g.token_weights(lengths, args, 4, sum(lengths)).double()
-    spread = advantages.repeat_interleave(torch.tensor(lengths))
-    loss, logged = g.grpo_loss(logps, old, ref if beta else None, spread, weights, args)
-    nested = [[x.tolist() for x in values.split(lengths)] for values in (logps, old, ref)]
-    assert loss.item() == pytest.approx(plain_loss(*nested, advantages.tolist(), lengths, args), rel=1e-6)
-    assert logged["clip"] > 0 and (logged["kl"] > 0) == (beta > 0)
+@pytest.fixture
+def groups(rolled):
+    return copy.deepcopy(rolled)
 
+def plain_logps(parts, groups, model=None):
+    found, model = [], model or parts.plain_model
+    for group in groups:
+        ids = [c.ids for c in group["completions"]]
+        logps, mask = plain.completion_logps(model, parts.tokenizer, group, ids, 0.7, parts.banned)
+        found.append(logps[mask.bool()])
+    return torch.cat(found)
 
-def test_positive_advantage_raises_the_log_prob():
-    logps = torch.zeros(3, requires_grad=True)
-    advantages = torch.tensor([1.0, 1.0, -1.0])
-    loss, _ = g.grpo_loss(logps, logps.detach(), None, advantages, torch.full((3,), 1 / 3), arguments())
-    loss.backward()
-    assert (logps.grad[:2] < 0).all() and logps.grad[2] > 0
-
-
-def test_kl_is_zero_at_equality_and_never_negative():
-    logps, args, zeros, ones = torch.randn(15), arguments(beta=1.0), torch.zeros(15), torch.ones(15)
-    loss, logged = g.grpo_loss(logps, logps, logps, zeros, ones, args)
-    assert loss.item() == 0 and logged["kl"] == 0
-    assert g.grpo_loss(logps, logps, logps + torch.randn(15), zeros, ones, args)[1]["kl"] > 0
-
-
-# ---- rollout ----
-@pytest.fixture(scope="module", params=FAMILIES)
-def parts(request, family_dirs, synth_dir):
-    folder = str(family_dirs[request.param])
-    style = g.check_model(folder)
-    tokenizer, image_processor = g.load_processors(folder, 401408)
-    model = g.load_model(folder, "float32", torch.device("cpu"))
-    with torch.no_grad():  # a random model's logits are nearly flat; sharper ones make greedy choices clear
-        model.model.language_model.norm.weight.mul_(3)
-    samples = g.read_samples(synth_dir / "samples.jsonl")[:5]
-    texts = [s["question"] + " please" * i for i, s in enumerate(samples)]  # prompts of different length
-    prompts = [
-        g.chat_inputs(tokenizer, image_processor, s["image"], t, style) for s, t in zip(samples, texts, strict=True)
-    ]
-    return model, tokenizer, image_processor, samples, prompts
-
-
-def test_greedy_rollout_equals_generate(parts):
-    model, tokenizer, _, _, prompts = parts
-    ours = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 24, 0.0, 64)
-    banned = [[tokenizer.convert_tokens_to_ids(t)] for t in g.VISION_TOKENS]
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    for p, [(ids, _, _)] in zip(prompts, ours, strict=True):
-        assert plain.generate(
-            model, p, max_new_tokens=24, do_sample=False, bad_words_ids=banned, eos_token_id=ends
-        ) == [ids]
-
-
-def test_a_completion_depends_on_its_seed_alone(parts):
-    """Not on the batch, its order, the other completions, or on rows that finish earlier and are left behind."""
-    model, tokenizer, _, _, prompts = parts
-    seeds = [[f"{i}:{j}" for j in range(3)] for i in range(len(prompts))]
-    together = g.rollout(model, tokenizer, prompts, seeds, 40, 1.0, 64)
-    reversed_ = g.rollout(model, tokenizer, prompts[::-1], seeds[::-1], 40, 1.0, 64)[::-1]
-    alone = [g.rollout(model, tokenizer, [p], [s], 40, 1.0, 64)[0] for p, s in zip(prompts, seeds, strict=True)]
-    ids = [[[c[0] for c in group] for group in rolled] for rolled in (together, reversed_, alone)]
-    assert ids[0] == ids[1] == ids[2]
-    assert len({tuple(c) for group in ids[0] for c in group}) == 15, "different seeds give different completions"
-    assert any(len(c) < 40 for group in ids[0] for c in group), "some rows stop early"
-
-
-def test_the_loop_around_the_graphs_gives_the_same_completions(parts, monkeypatch):
-    """What CUDA runs, without CUDA: no row is left behind, the host looks every 16 tokens, a step is a replay."""
-    model, tokenizer, _, _, prompts = parts
-    seeds = [[f"{i}:{j}" for j in range(3)] for i in range(len(prompts))]
-    want = g.rollout(model, tokenizer, prompts, seeds, 40, 1.0, 64)
-    decode, captured = g.decode, []
-    monkeypatch.setattr(g, "decode", lambda *args, graphs: decode(*args, graphs=True))
-    monkeypatch.setattr(g, "capture", lambda advance: captured.append(advance) or advance)
-    got = g.rollout(model, tokenizer, prompts, seeds, 40, 1.0, 64)
-    assert len(captured) == 1, "one capture serves all steps"
-    for ours, theirs in zip(got, want, strict=True):
-        assert [(ids, end) for ids, _, end in ours] == [(ids, end) for ids, _, end in theirs]
-        assert all(torch.allclose(a[1], b[1], atol=1e-5) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_vision_tokens_are_never_sampled_even_by_a_model_that_wants_them(parts):
-    model, tokenizer, _, _, prompts = parts
-    wanted = {tokenizer.convert_tokens_to_ids(t) for t in g.VISION_TOKENS}
-    embedding = model.lm_head.weight
-    saved = embedding.detach().clone()
-    with torch.no_grad():
-        embedding[list(wanted)] *= 50
-    rolled = g.rollout(model, tokenizer, prompts, [["a", "b"]] * len(prompts), 16, 1.0, 64)
-    with torch.no_grad():
-        embedding.copy_(saved)
-    assert not wanted & {i for group in rolled for ids, _, _ in group for i in ids}
-
-
-def test_rollout_keeps_its_cache_in_train_mode_with_checkpointing(parts):
-    """transformers drops the cache in train mode with gradient checkpointing: it sees one token, and warns once."""
-    model, tokenizer, _, _, prompts = parts
-    want = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 12, 0.0, 64)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    got = g.rollout(model, tokenizer, prompts, [["0"]] * len(prompts), 12, 0.0, 64)
-    assert model.training
-    model.gradient_checkpointing_disable()
-    model.eval()
-    assert [c[0][0] for c in got] == [c[0][0] for c in want]
-
-
-def gradients(model):
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys() and any("visual" in name for name in ours)
+    for name, want in theirs.items():
+        assert (ours[name] - want).abs().max() <= 1e-4 * want.abs().max() + 1e-7, name
 
-def ragged_groups(parts, generations=3):
-    """Rollouts of all prompts: groups with prompts and completions of different length."""
-    model, tokenizer, _, samples, prompts = parts
-    args = arguments(temperature=0.7, max_completion_length=20, num_generations=generations)
-    groups = g.roll_out_step(model, tokenizer, samples, [dict(p) for p in prompts], 1, args, {})
-    for i, group in enumerate(groups):
-        for values in (group.completion_ids, group.old_logps):
-            values[:] = [x[: 20 - 5 * j - i] for j, x in enumerate(values)]
-    return groups, args
+@pytest.mark.parametrize("which", ["one completion", "one prompt", "all", "chunks", "checkpointing", "frozen"])
+def test_a_packed_row_equals_plain_rows(which, parts, groups):
+    """Log-probs and all gradients, the vision tower's too; with the sampler's temperature and banned tokens."""
+    if which == "one completion":
+        groups = [groups[1] | {"completions": groups[1]["completions"][:1]}]
+    groups = groups[2:3] if which == "one prompt" else groups
+    model, frozen = copy.deepcopy(parts.model), which == "frozen"
+    if which == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    scorer = g.CompletionLogProbs(model, parts.banned, 0.7, 7 * len(parts.tokenizer) if which == "chunks" else 2**26)
+    row = g.pack_groups(groups, "cpu", frozen)
+    if frozen:  # the rollout's features: the tower does not run again, and gets no gradient
+        row.pixel_values = None
+    ours, theirs = scorer(row), plain_logps(parts, groups)
+    assert ours.shape == row.targets.shape == theirs.shape and (ours - theirs).abs().max() < 1e-5
+    assert (ours - torch.cat([c.logps for group in groups for c in group["completions"]])).abs().max() < 1e-5
+    weights = torch.randn(len(ours), generator=torch.Generator().manual_seed(0))
+    ours, theirs = gradients(model, (ours * weights).sum()), gradients(parts.plain_model, (theirs * weights).sum())
+    if frozen:
+        assert not any("visual" in name for name in ours)
+        ours |= {name: grad for name, grad in theirs.items() if "visual" in name}
+        ours.pop(tied := "model.language_model.embed_tokens.weight"), theirs.pop(tied)  # image features are constants
+    assert_close(ours, theirs)
 
+@pytest.mark.parametrize("loss_type, beta", [("grpo", 0.0), ("grpo", 0.5), ("dapo", 0.1), ("dr_grpo", 0.1)])
+@pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
+def test_the_loss_of_a_step_is_the_plain_one_however_it_is_split_into_rows(loss_type, beta, parts, groups):
+    """Three rows, as of several ranks, against loops over all tokens: value and gradients, with clipping and KL."""
+    args, generator = arguments(loss_type=loss_type, beta=beta), torch.Generator().manual_seed(1)
+    model, other = copy.deepcopy(parts.model), copy.deepcopy(parts.model)
+    plain_other = copy.deepcopy(parts.plain_model)
+    for m in (other, plain_other):  # the reference is another model, and the sampler was
+        with torch.no_grad():
+            m.model.language_model.norm.weight.mul_(1.02)
+    cs = [c for group in groups for c in group["completions"]]
+    for c in cs:
+        c.logps = c.logps + 0.3 * torch.randn(len(c.ids), generator=generator)
+    engine = g.CompletionLogProbs(model, parts.banned, 0.7)
+    engine.device = torch.device("cpu")
+    reference = g.CompletionLogProbs(other, parts.banned, 0.7) if beta else None
+    num_tokens, total, logged = sum(len(c.ids) for c in cs), 0, 0
+    for row in (groups[:2], groups[2:3], groups[3:]):
+        loss, sums = g.row_loss(engine, reference, row, 15, num_tokens, args)
+        total, logged = total + loss, logged + sums
+    logps, sampled = plain_logps(parts, groups), torch.cat([c.logps for c in cs])
+    ref = plain_logps(parts, groups, plain_other).detach()
+    rows = list(zip(logps, sampled, ref, strict=True))
+    sequences = [(c.advantage, [rows.pop(0) for _ in c.ids]) for c in cs]
+    want = plain.grpo_loss([sequences], args)
+    assert total.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-6) == pytest.approx(logged[0], abs=1e-6)
+    assert_close(gradients(model, total), gradients(parts.plain_model, want))
+    ratio = (logps - sampled).exp()
+    advantages = torch.cat([torch.full((len(c.ids),), c.advantage) for c in cs])
+    clipped = ((ratio > 1.28) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    kl = ((ref - logps).exp() - (ref - logps) - 1).sum().item() if beta else 0.0
+    drift = (logps - sampled).abs().sum().item()
+    assert logged[1:5].tolist() == pytest.approx([kl, clipped.sum().item(), drift, num_tokens], rel=1e-3)
+    assert 0 < clipped.sum() < num_tokens / 2 and (kl > 0.01) == (beta > 0)
+    once, _ = g.row_loss(engine, None, groups, 15, num_tokens, arguments(num_iterations=1, beta=0))
+    assert abs(once.item() - sum(-c.advantage / 15 for c in cs)) < 1e-6, "with one update the ratio is exactly 1"
 
-def test_packed_row_equals_one_row_per_completion(parts):
-    """Log-probs to 1e-5 and all gradients, the vision tower's too, to 1e-4 relative: several groups in one row."""
-    model, tokenizer, _, _, _ = parts
-    groups, args = ragged_groups(parts)
-    assert len({len(ids) for group in groups for ids in group.completion_ids}) > 5, "want ragged completions"
-    banned = g.vision_ids(tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(len(ids), generator=generator) for group in groups for ids in group.completion_ids]
-    model.zero_grad()
-    want = []
-    for group in groups:
-        logps, _ = plain.completion_logps(model, tokenizer, group.inputs, group.completion_ids, 0.7, banned)
-        want += [row[: len(ids)] for row, ids in zip(logps, group.completion_ids, strict=True)]
-    (torch.cat(want) * torch.cat(weights)).sum().backward()
-    wanted = gradients(model)
-    for chunk in (2**26, 7 * len(tokenizer)):  # at once, and 7 positions at a time
-        model.zero_grad()
-        scorer = g.CompletionLogProbs(model, banned, 0.7, chunk)
-        logps = scorer(g.pack_groups(groups, "cpu", freeze_vision=False))
-        assert (logps - torch.cat(want)).abs().max() < 1e-5
-        (logps * torch.cat(weights)).sum().backward()
-        ours = gradients(model)
-        assert ours.keys() == wanted.keys() and any("visual" in name for name in ours)
-        for name in wanted:
-            assert (ours[name] - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max() + 1e-9, name
+def test_a_good_token_becomes_likelier_unless_it_is_clipped():
+    logps, old = torch.tensor([0.0, 0.0, 0.3, -0.3, 0.3], requires_grad=True), torch.zeros(5)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+    g.grpo_loss(logps, old, None, advantages, torch.ones(5), arguments())[0].backward()
+    assert logps.grad.sign().tolist() == [-1, 1, 0, 0, 1]
 
-
-def test_packed_row_is_the_same_under_gradient_checkpointing(parts):
-    model, tokenizer, _, _, _ = parts
-    groups, _ = ragged_groups(parts)
-    row = g.pack_groups(groups, "cpu", freeze_vision=False)
-    grads = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.train()
-        model.zero_grad()
-        g.CompletionLogProbs(model, g.vision_ids(tokenizer))(row).sum().backward()
-        grads.append(gradients(model))
-    model.gradient_checkpointing_disable()
-    model.eval()
-    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6) for name in grads[0])
-
-
-def test_positions_of_the_prompt_are_the_models_own(parts):
-    model, _, _, _, prompts = parts
-    for p in prompts:
-        ids = torch.tensor([p["prompt_ids"]])
-        kinds = (ids == model.config.image_token_id).int()
-        want, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=p["image_grid_thw"])
-        assert torch.equal(p["position_ids"], want[:, 0])
-
-
-@pytest.mark.parametrize("kernel", ["varlen_attn", "flash_attn"])
-def test_the_layout_for_the_cuda_kernels_says_the_same(kernel, parts, monkeypatch):
-    """The contract of both, written out in PyTorch: sequences by offsets, causal from the lower right corner."""
-    import torch.nn.attention.varlen as varlen
-
-    def attend(q, k, v, cu_q, cu_k, max_q, max_k, scale):
-        assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
-        out = []
-        for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-            one = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-            one = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True)
-            out.append(one[0].transpose(0, 1))
-        return torch.cat(out)
-
-    def varlen_attn(*args, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa
-        return attend(*args, scale)
-
-    def flash_attn_varlen_func(*args, softmax_scale, causal):
-        assert causal
-        return attend(*args, softmax_scale)
-
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    groups, _ = ragged_groups(parts)
-    row = g.pack_groups(groups, "cpu", freeze_vision=False)
-    T, generator = row.input_ids.shape[1], torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, T, 8, generator=generator) for heads in (4, 2, 2))
-    want = g.attend_spans(q, k, v, 0.3, row)
-    assert (g.attend_varlen(q, k, v, 0.3, row, kernel) - want).abs().max() < 1e-5
-
-
-def test_the_kernel_is_chosen_by_what_is_there(monkeypatch):
-    monkeypatch.setattr(g.importlib.util, "find_spec", lambda name: None)
-    kernels = [("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.bfloat16)]
-    assert [g.attention_kernel.__wrapped__(*k) for k in kernels] == ["sdpa", "sdpa", "varlen_attn"]
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v: None)  # an older torch
-    assert g.attention_kernel.__wrapped__("cuda", torch.bfloat16) == "sdpa"
-    monkeypatch.setattr(g.importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
-    assert [g.attention_kernel.__wrapped__(*k) for k in kernels] == ["sdpa", "sdpa", "flash_attn"]
-
-
-def test_image_and_prompt_go_through_the_model_once(parts):
-    """Patches seen by the vision tower and tokens seen by the decoder, counted: not one pass per completion."""
-    model, tokenizer, _, samples, prompts = parts
-    patches, tokens = [], []
-    hooks = [
-        model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0]))),
-        model.model.language_model.register_forward_pre_hook(
-            lambda _, x, kw: tokens.append(kw["inputs_embeds"].shape[1]), with_kwargs=True
-        ),
-    ]
-    args = arguments(max_completion_length=4, num_generations=3)
-    all_patches, all_tokens = sum(len(p["pixel_values"]) for p in prompts), sum(len(p["prompt_ids"]) for p in prompts)
-    for frozen, vision_passes in ((False, 2), (True, 1)):
-        patches.clear(), tokens.clear()
-        model.model.visual.requires_grad_(not frozen)
-        groups = g.roll_out_step(model, tokenizer, samples, [dict(p) for p in prompts], 1, args, {})
+def test_prompt_and_image_go_through_the_model_once(parts, groups):
+    """Patches seen by the vision tower and tokens seen by the decoder: not one pass per completion."""
+    model, tokens, patches = parts.model, [], []
+    def see(_, args, given):
+        tokens.append(given["inputs_embeds"].shape[:2].numel())
+    hooks = [model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)]
+    hooks.append(model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0]))))
+    every = [dict(p) for p in parts.prompts]
+    g.rollout(model, parts.tokenizer, every, [["a", "b"]] * 5, 1, 1.0)
+    pixels = sum(len(p["pixel_values"]) for p in every)
+    assert patches == [pixels] and tokens == [sum(len(p["prompt_ids"]) for p in every), 10]
+    for frozen in (False, True):
         g.CompletionLogProbs(model)(g.pack_groups(groups, "cpu", frozen))
-        completed = sum(len(ids) for x in groups for ids in x.completion_ids)
-        assert sum(patches) == vision_passes * all_patches, "one pass for the rollout, one with gradient if it trains"
-        assert tokens == [all_tokens, all_tokens + completed], "prefill, and one packed row"
-    model.model.visual.requires_grad_(True)
+    assert patches == [pixels] * 2
+    assert tokens[2:] == [sum(len(x["prompt_ids"]) + sum(len(c.ids) for c in x["completions"]) for x in groups)] * 2
     for hook in hooks:
         hook.remove()
 
-
-def test_trainer_log_probs_equal_the_samplers(parts):
-    model, tokenizer, _, _, _ = parts
-    groups, args = ragged_groups(parts)
-    scorer = g.CompletionLogProbs(model, g.vision_ids(tokenizer), args.temperature)
-    logps = scorer(g.pack_groups(groups, "cpu", freeze_vision=False))
-    assert (logps - torch.cat([lp for group in groups for lp in group.old_logps])).abs().max() < 1e-5
-
-
-def test_rows_are_filled_up_to_the_budget(monkeypatch):
-    monkeypatch.setattr(g.dist, "all_reduce", lambda *_, **__: None)
-    lengths = [30, 70, 50, 20, 90, 40]
+# ---- rows, order, rate, warnings ----
+def test_rows_are_filled_up_to_the_budget(alone):
+    items = [{"num_tokens": n} for n in (30, 70, 50, 20, 90, 40)]
     for budget, count in ((1, 6), (90, 4), (110, 3), (300, 1)):
-        rows = g.fill_rows(lengths, budget, "cpu")
-        assert sorted(i for row in rows for i in row) == list(range(6)) and len(rows) == count
-        assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
+        rows = g.fill_rows(items, budget, "cpu")
+        assert sorted(x["num_tokens"] for row in rows for x in row) == [20, 30, 40, 50, 70, 90] and len(rows) == count
+        assert all(sum(x["num_tokens"] for x in row) <= budget or len(row) == 1 for row in rows)
     assert g.fill_rows([], 9, "cpu") == [[]]
 
+def test_every_epoch_is_another_order_of_all_samples_on_any_number_of_ranks(monkeypatch):
+    def drawn(first=1, last=6, seed=0, ranks=1):
+        steps = {}
+        monkeypatch.setattr(g.dist, "get_world_size", lambda: ranks)
+        for rank in range(ranks):
+            monkeypatch.setattr(g.dist, "get_rank", lambda rank=rank: rank)
+            args = SimpleNamespace(seed=seed, train_batch_size=4)
+            for step, read, _ in g.draw_steps([*range(10)], str, first, last, args):
+                steps.setdefault(step, [None] * 4)[rank::ranks] = read
+        return steps
 
-def test_sampling_follows_the_distribution(parts):
-    """The first token of 4,000 completions against its softmax: total variation below 4 %."""
-    model, tokenizer, _, _, prompts = parts
-    rolled = g.rollout(model, tokenizer, prompts[:1], [[str(i) for i in range(4000)]], 1, 1.0, 4000)[0]
-    count = torch.bincount(torch.tensor([ids[0] for ids, _, _ in rolled]), minlength=len(tokenizer)) / 4000
-    p = prompts[0]
-    x = torch.tensor([p["prompt_ids"]])
-    with torch.no_grad():
-        logits = model(input_ids=x, mm_token_type_ids=(x == model.config.image_token_id).int(),
-                       pixel_values=p["pixel_values"], image_grid_thw=p["image_grid_thw"]).logits[:, -1]  # fmt: skip
-    logits[..., g.vision_ids(tokenizer)] = float("-inf")
-    exact = torch.softmax(logits, -1)[0]
-    expected = (2 * exact * (1 - exact) / (math.pi * 4000)).sqrt().sum() / 2  # mean total variation of a true sample
-    assert (count - exact).abs().sum() / 2 < 1.3 * expected
+    steps = drawn()
+    assert [*steps] == [1, 2, 3, 4, 5, 6] and drawn(ranks=2) == steps != drawn(seed=1)
+    order = [int(x) for read in steps.values() for x in read]
+    assert sorted(order[:10]) == sorted(order[10:20]) == [*range(10)] != order[:10] != order[10:20]
+    assert drawn(first=4) == {i: steps[i] for i in (4, 5, 6)} and drawn(last=3) == {i: steps[i] for i in (1, 2, 3)}
 
+def test_learning_rates():
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}]))
 
-# ---- the script ----
-def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
-    """Four steps with a reward that a random model can earn."""
-    return run_script("tests/grpo_letters.py", "--model", model, "--data", data, "--output_dir", out, "--max_steps", 4,
-                      "--train_batch_size", 4, "--num_generations", 3, "--max_completion_length", 12,
-                      "--learning_rate", 1e-3, "--reward_funcs", "letters", "--save_steps", 2, *flags,
-                      launcher=launcher, check=check)  # fmt: skip
+    def rates(scheduler, warmup):
+        for update in range(8):
+            args = SimpleNamespace(learning_rate=2.0, lr_scheduler=scheduler, warmup_ratio=warmup)
+            g.set_learning_rate(engine, update, 8, args)
+            yield engine.optimizer.param_groups[0]["lr"]
 
+    assert [*rates("constant", 0)] == [2.0] * 8 and [*rates("linear", 0)] == [2 - i / 4 for i in range(8)]
+    assert [*rates("cosine", 0.2)] == pytest.approx([1, 2, *(1 + math.cos(math.pi * i / 6) for i in range(6))])
 
-TIMES = re.compile("time|per_second|mfu")
+@pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
+def test_the_engine_is_told_what_the_flags_say(parts, alone, monkeypatch, tmp_path):
+    monkeypatch.setattr(g.deepspeed, "initialize", lambda **given: [given])
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
 
+    def told(*flags, dtype=torch.float32):
+        args = g.parse_args(["--model", "m", "--data", "d", "--output_dir", "o", "--weight_decay", "0.1", *flags])
+        given = g.start_engine(g.CompletionLogProbs(copy.deepcopy(parts.model).to(dtype)), args)
+        (group,), config = given["optimizer"].param_groups, given["config"]
+        trained = [p for name, p in given["model"].named_parameters() if not (args.freeze_vision and "visual" in name)]
+        assert group["weight_decay"] == 0.1 and [*map(id, group["params"])] == [*map(id, trained)]
+        return config["zero_optimization"]["stage"], config["gradient_clipping"], config["bf16"]["enabled"]
 
-def rows(path):
-    """Metrics without the times, which differ between runs."""
-    return [
-        {k: v for k, v in json.loads(line).items() if not TIMES.search(k)} for line in path.read_text().splitlines()
-    ]
+    assert told() == (2, 1.0, False) and told("--zero_stage", "3", "--max_grad_norm", "0.5") == (3, 0.5, False)
+    assert told("--deepspeed", str(tmp_path / "ds.json"), "--freeze_vision", dtype=torch.bfloat16) == (1, 1.0, True)
 
+def test_prompts_too_long_and_bad_rows_are_counted_never_cut(alone, capsys):
+    samples = [{"id": str(i), "length": n} for i, n in enumerate((5, 9, 7, "no image", 10))]
 
-@pytest.fixture(scope="module")
-def run_dir(tiny_dir, synth_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("grpo") / "run"
-    train(out, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2)
-    return out
+    def length(s):
+        if s["length"] == "no image":
+            raise FileNotFoundError("a.png")
+        return s["length"]
 
+    kept, total, steps = g.usable(samples, ["x.jsonl:3 (x): no box"], length, 9, arguments(max_bad_rows=2))
+    assert ([s["id"] for s in kept], total, steps) == (["0", "1", "2"], 4, 2)
+    assert g.usable(samples, [], length, 9, arguments(max_bad_rows=1, max_steps=5))[1:] == (10, 5)
+    said = capsys.readouterr().out
+    assert "3 of 5 rows are of use" in said and "x.jsonl:3 (x): no box\n3: FileNotFoundError a.png" in said
+    for most, bad in ((9, 0), (4, 1)):
+        want = f"1 bad rows, {3 * (most > 4)} of use.*want at most --max_bad_rows {bad}"
+        with pytest.raises(g.InputError, match=want):
+            g.usable(samples, [], length, most, arguments(max_bad_rows=bad))
+
+def test_two_troubles_are_named_once(alone, capsys):
+    fine, poor = {"reward": 0.1, "parse_rate": 0.5}, {"reward": 0.0, "parse_rate": 0.01}
+    for i in range(1, 20):
+        g.warn([poor] * i), g.warn([fine] * i), g.warn([poor] * 4 + [fine] * i)
+    said = [line.split(";")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["warning: almost no answer has a box", "warning: reward 0 for ten steps"]
+
+# ---- what is read ----
+def test_all_formats_are_read_as_the_same_sample(synth_dir, tmp_path):
+    row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
+    image, (ours, *_) = synth_dir / row["images"][0], g.read_samples([synth_dir / "samples.jsonl"])[0]
+    target, data = row["entities"][row["target"]], image.read_bytes()
+    released = {"problem": row["question"], "solution": f"<answer> {row['answer']} </answer>"}
+    pq.write_table(pa.Table.from_pylist([released | {"image": {"bytes": data}}] * 2), tmp_path / "grpo.parquet")
+    own = {"image": str(image), "question": row["question"], "bbox_px": target["bbox_px"]}
+    phrase = {"images": [image.name], "phrase": target["entity"], "bbox_px": target["bbox_px"]}
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (own, phrase)))
+    (parquet, second), bad = g.read_samples([tmp_path / "grpo.parquet"])
+    assert not bad and (parquet["id"], second["id"]) == ("1", "2") and parquet["image"] == data
+    read = [parquet, *g.read_samples([tmp_path / "own.jsonl"], image.parent)[0]]
+    assert [s["id"] for s in read] == ["1", "1", "2"], "the line, where a row has no id"
+    for s in read:
+        assert all(s[key] == ours[key] for key in ("question", "answer", "entity"))
+        assert s["bbox_1000"] == pytest.approx(ours["bbox_1000"], abs=0.51)
+    assert {g.load_image(s["image"]).size for s in (ours, *read)} == {(168, 112)}
+    assert len({g.load_image(s["image"]).tobytes() for s in (ours, *read)}) == 1
+
+# ---- runs ----
+def test_a_run_writes_what_is_said_and_its_export_loads_in_plain_transformers(runs):
+    out, metrics = runs["train_grpo"], metrics_of(runs["train_grpo"])
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and all(m["grad_norm"] > 0 for m in metrics)
+    assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3 * (1 - i / 8) for i in (1, 3, 5, 7)])
+    assert all(m["sampling/logp_diff"] < 1e-5 and m["clip_ratio/region_mean"] >= 0 and m["kl"] > 0 for m in metrics)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1, 1, 2, 2, 3, 3, 4] and len(samples[0]["completions"]) == 3
+    for s in samples:
+        rewards = [c["reward"] for c in s["completions"]]
+        assert rewards == [c["letters"] for c in s["completions"]]
+        assert [c["advantage"] for c in s["completions"]] == g.group_advantages(rewards, "group")
+    assert json.loads((out / "run.json").read_text())["beta"] == 0.04
+    model, info = g.AutoModelForImageTextToText.from_pretrained(out / "final", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.prompt_suffix == g.R1_SUFFIX
+    saved = load_file(out / "final/model.safetensors")
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items() if k in saved)
 
 def test_reward_rises(tiny_dir, synth_dir, tmp_path):
-    """30 steps on a reward that any policy can raise: the whole loop, from rollout to update, has the right sign."""
-    flags = (
-        "--max_steps",
-        30,
-        "--num_generations",
-        8,
-        "--learning_rate",
-        3e-3,
-        "--lr_scheduler",
-        "constant",
-        "--save_steps",
-        0,
-    )
-    train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", *flags)
-    rewards = [m["reward"] for m in rows(tmp_path / "metrics.jsonl")]
+    """On a reward that any policy can raise: the whole loop, from rollout to update, has the right sign."""
+    flags = ("--max_steps", 25, "--num_generations", 8, "--learning_rate", 3e-3, "--lr_scheduler", "constant")
+    train("train_grpo", tmp_path / "run", tiny_dir, synth_dir / "samples.jsonl", *flags, "--save_steps", 0)
+    rewards = [m["reward"] for m in metrics_of(tmp_path / "run")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
+    assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
-
-def test_smoke_run_writes_everything(run_dir):
-    metrics = rows(run_dir / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    assert all(m["grad_norm"] > 0 and m["sampling/logp_diff"] < 1e-5 for m in metrics)
-    assert {"reward", "reward_std", "rewards/letters/mean", "frac_reward_zero_std", "completions/mean_length", "kl",
-            "clip_ratio/region_mean", "parse_rate", "num_tokens", "learning_rate"} <= set(metrics[-1])  # fmt: skip
-    assert metrics[-1]["kl"] > 0
-    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples[0]["completions"]) == 3
-    assert (run_dir / "curves.png").stat().st_size > 1000 and (run_dir / "config.json").exists()
-    Qwen2VLForConditionalGeneration.from_pretrained(run_dir / "final")
-
-
-def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_path):
-    """Killed after step 2 and a half-written line: the same metrics and the same weights at the end."""
-    out = tmp_path / "run"
-    shutil.copytree(run_dir, out)
-    shutil.rmtree(out / "final")
-    with open(out / "metrics.jsonl", "a") as f:
-        f.write('{"step": 5, "lo')
-    train(out, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.04, "--num_iterations", 2)
-    assert rows(out / "metrics.jsonl") == rows(run_dir / "metrics.jsonl")
-    assert (out / "samples.jsonl").read_text() == (run_dir / "samples.jsonl").read_text()
-    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (out, run_dir))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
-def test_groups_without_signal_are_skipped_and_packing_does_not_matter(tiny_dir, synth_dir, tmp_path):
-    """Half of the groups have equal rewards. Two ranks with a row per group, and so with a different number of
-    rows to train on, learn what one rank learns from everything in one row."""
-    data, flags = synth_dir / "samples.jsonl", ("--reward_funcs", "some", "--save_steps", 0)
-    train(tmp_path / "one", tiny_dir, data, *flags)
-    train(tmp_path / "two", tiny_dir, data, *flags, "--tokens_per_row", 1, launcher=TWO_RANKS)
-    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert any(0 < m["frac_reward_zero_std"] < 1 for m in one) and all(m["grad_norm"] > 0 for m in one)
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    ours, theirs = (load_file(tmp_path / d / "final" / "model.safetensors") for d in ("one", "two"))
-    assert max((ours[k] - theirs[k]).abs().max().item() for k in theirs) < 1e-4
-
-
-@pytest.mark.parametrize("flags, message", [
-    (("--num_generations", 1), "a group of one has no advantage"),
-    (("--temperature", 0), "greedy completions"),
-    (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-    (("--model", "nowhere"), "nowhere: no model"),
-    (("--max_prompt_length", 50), "a prompt is never cut"),
-])  # fmt: skip
-def test_bad_input_gets_one_clear_line(flags, message, tiny_dir, synth_dir, tmp_path):
-    done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", *flags, check=False)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_another_setting_in_the_same_folder_is_refused(run_dir, tiny_dir, synth_dir):
-    done = train(run_dir, tiny_dir, synth_dir / "samples.jsonl", "--beta", 0.5, "--num_iterations", 2, check=False)
-    assert done.returncode != 0 and "--beta was 0.04, now 0.5" in done.stderr
+def test_a_script_copied_alone_trains_on_own_rows_and_says_what_changed(tiny_dir, synth_dir, tmp_path):
+    """In an empty folder, without ds_config.json; a bad row is skipped if it may be; then with other flags and code."""
+    assert json.loads(g.DS_CONFIG) == json.loads((ROOT / "ds_config.json").read_text())
+    script, out = tmp_path / "train_grpo.py", tmp_path / "run"
+    shutil.copy(ROOT / "train_grpo.py", script)
+    with open(tmp_path / "own.jsonl", "w") as f:
+        f.write('{"image": "no.png"}\n')
+        for r in map(json.loads, (synth_dir / "samples.jsonl").read_text().splitlines()):
+            box = r["entities"][r["target"]]["bbox_px"]
+            f.write(json.dumps({"image": r["images"][0], "question": r["question"], "bbox_px": box}) + "\n")
+    flags = ("--model", tiny_dir, "--data", tmp_path / "own.jsonl", "--image_root", synth_dir, "--output_dir", out)
+    flags += ("--train_batch_size", 2, "--num_generations", 2, "--max_completion_length", 4, "--save_steps", 1)
+    done = run_script(script, *flags, "--max_steps", 2, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "own.jsonl:1 (None): " in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("train_grpo: 1 bad rows, 12 of use")
+    done = run_script(script, *flags, "--max_steps", 2, "--max_bad_rows", 1, "--keep_checkpoints")
+    assert [m["step"] for m in metrics_of(out)] == [1, 2] and (out / "checkpoint-1").exists()
+    (out / "final").rename(tmp_path / "final")
+    script.write_text(script.read_text() + "# changed\n")
+    done = run_script(script, *flags, "--max_steps", 3, "--max_bad_rows", 1, "--gradient_checkpointing")
+    (said,) = (line for line in done.stdout.splitlines() if "goes on with other settings" in line)
+    for name in ("'script': ", "'max_steps': '2 -> 3'", "'gradient_checkpointing': 'False -> True'"):
+        assert name in said
+    assert "seed" not in said and f"goes on from {out}/checkpoint-1" in done.stdout
+    assert [m["step"] for m in metrics_of(out)] == [1, 2, 3] and (out / "final/model.safetensors").exists()

@@ -1,270 +1,110 @@
-"""SFT: the loss against plain Python, resume, ranks, formats, and what a finished checkpoint gives back."""
+"""SFT: packed sequences against plain ones, what is learned from which rows, and what the export gives back."""
 
 import json
-import math
 import os
-import re
-import shutil
-import sys
 from types import SimpleNamespace
 
+import plain
 import pytest
 import torch
-from conftest import run_script
-from PIL import Image
+from conftest import metrics_of, run_script
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration
 
+import train_grpo as g
 import train_sft as t
 
-
-def train(out, model, data, *flags, launcher=(sys.executable,), check=True):
-    return run_script("train_sft.py", "--model", model, "--data", data, "--output_dir", out, "--target", "direct",
-                      "--max_steps", 4, "--train_batch_size", 4, "--tokens_per_row", 200,
-                      "--learning_rate", 1e-3, "--save_steps", 2, *flags,
-                      launcher=launcher, check=check)  # fmt: skip
-
-
-STYLE = t.BOX_STYLES["qwen2_vl"]
-TIMES = re.compile("time|per_second|mfu")
-
-
-def rows(path):
-    """Metrics without the times, which differ between runs."""
-    return [
-        {k: v for k, v in json.loads(line).items() if not TIMES.search(k)} for line in path.read_text().splitlines()
-    ]
-
+ARGS = SimpleNamespace(target="direct", prompt_suffix=None)
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_dir, synth_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sft") / "run"
-    train(out, tiny_dir, synth_dir / "samples.jsonl")
-    return out
+def items(parts):
+    """Encoded rows whose prompts and completions have different length."""
+    questions = [s | {"question": s["question"] + " please" * i} for i, s in enumerate(parts.prompts)]
+    return [t.encode(parts.processors, ARGS, s) for s in questions]
 
+def test_packed_sequences_equal_plain_ones(parts, items):
+    """Log-probs of the completions and all gradients, one by one and together, whole and in chunks of the head."""
+    pieces = [plain.completion_logps(parts.plain_model, parts.tokenizer, x, [x["completion_ids"]])[0][0] for x in items]
+    want, weights = torch.cat(pieces), torch.randn(sum(map(len, pieces)), generator=torch.Generator().manual_seed(0))
+    parts.plain_model.zero_grad()
+    (want * weights).sum().backward()
+    theirs = {n: p.grad for n, p in parts.plain_model.named_parameters()}
+    for size, chunk in ((5, 2**26), (5, 9 * len(parts.tokenizer)), (2, 2**26), (1, 2**26)):
+        parts.model.zero_grad()
+        rows = [t.pack_sequences(items[i : i + size], "cpu") for i in range(0, 5, size)]
+        got = torch.cat([t.CompletionLogProbs(parts.model, chunk=chunk)(row) for row in rows])
+        assert (got - want).abs().max() < 1e-5
+        (got * weights).sum().backward()
+        for name, p in parts.model.named_parameters():
+            assert (p.grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max() + 1e-7, (size, name)
 
-@pytest.fixture(scope="module")
-def parts(tiny_dir, synth_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
-    image_processor = AutoImageProcessor.from_pretrained(tiny_dir, backend="pil")
-    return (
-        Qwen2VLForConditionalGeneration.from_pretrained(tiny_dir),
-        tokenizer,
-        image_processor,
-        t.read_samples(synth_dir / "samples.jsonl"),
-    )
+def test_what_is_learned_is_the_assistants_turn_and_its_end(parts, items):
+    tokenizer, style = parts.tokenizer, parts.processors[2]
+    for s, x in zip(parts.prompts, items, strict=True):
+        assert tokenizer.decode(x["completion_ids"]) == t.model_text(s["answer"], style, x["grid"]) + "<|im_end|>"
+        assert x["num_tokens"] == len(x["prompt_ids"]) + len(x["completion_ids"])
+        row = t.pack_sequences([x], "cpu")
+        assert row.input_ids[0, row.at + 1].tolist() == row.targets.tolist() == x["completion_ids"]
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "yes"}], tokenize=False)
+        assert whole.endswith("<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n")
+        assert tokenizer.decode(x["prompt_ids"]).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
-
-def items_of(parts, samples):
-    _, tokenizer, image_processor, _ = parts
-    return [t.encode_row(s, tokenizer, image_processor, "direct", STYLE) for s in samples]
-
-
-def test_packed_loss_equals_a_plain_loop_over_assistant_tokens(parts):
-    """Row by row through the model as transformers has it, the softmax in Python: no leak between packed rows."""
-    model, tokenizer, _, samples = parts
-    items, expected = items_of(parts, samples[:3]), []
-    for inputs, [completion] in items:
-        ids = torch.tensor([inputs["prompt_ids"] + completion])
-        images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
-        logits = model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), **images).logits
-        logits = logits[0].tolist()
-        for i, target in enumerate(completion, len(inputs["prompt_ids"])):
-            expected.append(logits[i - 1][target] - math.log(sum(math.exp(v) for v in logits[i - 1])))
-    assert len(expected) == sum(len(tokenizer.encode(s["answer"], add_special_tokens=False)) + 1 for s in samples[:3])
-    assert t.CompletionLogProbs(model)(t.pack(items, "cpu")).tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_gradient_is_the_same_for_one_row_and_for_several(parts):
-    model, _, _, samples = parts
-    grads, items = [], items_of(parts, samples[:4])
-    for size in (4, 2, 1):
-        model.zero_grad()
-        for i in range(0, 4, size):
-            t.CompletionLogProbs(model)(t.pack(items[i : i + size], "cpu")).sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert all(torch.allclose(g, grads[0], rtol=1e-4, atol=1e-4) for g in grads[1:])
-
-
-def test_prefetch_keeps_order_reads_ahead_and_passes_errors_on():
-    started = []
-
-    def square(i):
-        started.append(i)
-        if i == 7:
-            raise SystemExit("row 7 is broken")
-        return i * i
-
-    stream = t.prefetch(square, range(9), workers=2, ahead=4)
-    assert next(stream) == 0 and max(started) <= 4
-    assert [next(stream) for _ in range(6)] == [1, 4, 9, 16, 25, 36]
-    with pytest.raises(SystemExit, match="row 7"):
-        next(stream)
-    assert list(t.prefetch(square, range(3), workers=1, ahead=100)) == [0, 1, 4]
-
-
-def test_row_length_is_known_from_the_header(parts):
-    _, tokenizer, image_processor, samples = parts
-    for s in samples:
-        inputs, [completion] = t.encode_row(s, tokenizer, image_processor, "direct", STYLE)
-        assert t.row_length(s, tokenizer, image_processor, "direct", STYLE) == len(inputs["prompt_ids"]) + len(
-            completion
-        )
-
-
-def test_smoke_run_learns_and_freezes_vision(run_dir, tiny_dir):
-    metrics = rows(run_dir / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[-1]["loss"] < metrics[0]["loss"] - 0.2
-    before, after = load_file(tiny_dir / "model.safetensors"), load_file(run_dir / "final" / "model.safetensors")
-    assert all(torch.equal(before[k], after[k]) == ("visual" in k) for k in before)
-    assert (run_dir / "curves.png").stat().st_size > 1000 and json.loads((run_dir / "run.json").read_text())[
-        "versions"
-    ]["torch"]
-
-
-def test_resume_repeats_the_undisturbed_run(run_dir, tiny_dir, synth_dir, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(run_dir, out)
-    shutil.rmtree(out / "final")
-    train(out, tiny_dir, synth_dir / "samples.jsonl")
-    assert rows(out / "metrics.jsonl") == rows(run_dir / "metrics.jsonl")
-    ours, theirs = (load_file(d / "final" / "model.safetensors") for d in (out, run_dir))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-
-
-def test_finished_model_loads_in_plain_transformers_and_gives_the_same_greedy_tokens(run_dir, synth_dir):
-    import train_grpo as g
-
-    folder, sample = run_dir / "final", t.read_samples(synth_dir / "samples.jsonl")[0]
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder)
-    tokenizer, image_processor = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
-    )
-    prompt = g.chat_inputs(tokenizer, image_processor, sample["image"], sample["question"], STYLE)
-    ours = g.rollout(
-        g.load_model(str(folder), "float32", torch.device("cpu")), tokenizer, [prompt], [["0"]], 16, 0.0, 1
-    )[0][0][0]
-    content = [{"type": "image"}, {"type": "text", "text": sample["question"]}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    vision = image_processor(images=[Image.open(sample["image"])], return_tensors="pt")
-    x = tokenizer(
-        text.replace("<|image_pad|>", "<|image_pad|>" * int(vision["image_grid_thw"].prod() // 4)), return_tensors="pt"
-    )
-    kinds = (x["input_ids"] == model.config.image_token_id).int()
-    banned = [[tokenizer.convert_tokens_to_ids(v)] for v in g.VISION_TOKENS]
-    out = model.generate(
-        **x, **vision, mm_token_type_ids=kinds, max_new_tokens=16, do_sample=False, bad_words_ids=banned
-    )
-    assert out[0, x["input_ids"].shape[1] :].tolist() == ours
-
-
-def test_over_long_rows_are_counted_and_skipped_never_cut(tiny_dir, synth_dir, tmp_path):
-    done = train(tmp_path, tiny_dir, synth_dir / "samples.jsonl", "--max_length", 40, check=False)
-    assert done.returncode != 0 and "all 12 rows exceed --max_length 40" in done.stderr
-    args = t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o"])
-    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio, args.max_pixels) == (
-        5e-6,
-        16,
-        4096,
-        0.1,
-        401408,
-    )
-
-
-def test_released_formats_are_read_as_they_are(synth_dir, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ours = t.read_samples(synth_dir / "samples.jsonl")[:2]
-    text = f"<think>because</think> <answer>{ours[0]['answer']}</answer>"
-    messages = [{"role": "user", "content": f"<image>{ours[0]['question']}{t.R1_SUFFIX}"},
-                {"role": "assistant", "content": text}]  # fmt: skip
-    share = [{"messages": messages, "images": [os.path.relpath(ours[0]["image"], tmp_path)]}]
+def test_targets_and_suffixes(synth_dir, tmp_path):
+    """A cot row carries the prompt that it was made with; a bare answer follows the bare question; a flag says else."""
+    (row, *_) = (json.loads(line) for line in (synth_dir / "samples.jsonl").read_text().splitlines())
+    said = f"<think>because</think> <answer>{row['answer']}</answer>"
+    turns = ("user", f"<image>{row['question']}{t.R1_SUFFIX}"), ("assistant", said)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    share = [{"messages": messages, "images": [os.path.relpath(synth_dir / row["images"][0], tmp_path)]}]
     (tmp_path / "share.json").write_text(json.dumps(share))
-    (read,) = t.read_samples(tmp_path / "share.json")
-    assert (read["question"], read["completion"], read["prompt_suffix"]) == (ours[0]["question"], text, t.R1_SUFFIX)
-    assert (read["bbox_1000"], read["entity"], read["answer"]) == (
-        ours[0]["bbox_1000"],
-        ours[0]["entity"],
-        ours[0]["answer"],
-    )
-    data = open(ours[0]["image"], "rb").read()
-    solution = f"<answer> {ours[0]['answer']} </answer>"  # as in the released debug log
-    pq.write_table(
-        pa.Table.from_pylist([{"image": {"bytes": data}, "problem": ours[0]["question"], "solution": solution}]),
-        tmp_path / "grpo.parquet",
-    )
-    (read,) = t.read_samples(tmp_path / "grpo.parquet")
-    assert (read["question"], read["bbox_1000"], read["entity"]) == (
-        ours[0]["question"],
-        ours[0]["bbox_1000"],
-        ours[0]["entity"],
-    )
-    assert t.load_image(read["image"]).size == (168, 112)
+    ((cot,), bad) = t.read_samples([tmp_path / "share.json"])
+    assert not bad and (cot["id"], cot["completion"], cot["answer"]) == ("1", said, row["answer"])
+    assert cot["question"] == row["question"] and cot["bbox_1000"] == row["entities"][row["target"]]["bbox_1000"]
+    for target, flag, want in (("cot", None, t.R1_SUFFIX), ("direct", None, ""), ("cot", "", ""), ("direct", "?", "?")):
+        assert t.suffix_of(cot, SimpleNamespace(target=target, prompt_suffix=flag)) == want
+    assert t.suffix_of(cot | {"suffix": ""}, SimpleNamespace(target="cot", prompt_suffix=None)) == ""
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        t.encode((None, None, None), SimpleNamespace(target="cot", prompt_suffix=None), cot | {"completion": ""})
 
+def test_defaults_are_the_papers():
+    args = t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o"])
+    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio) == (5e-6, 16, 4096, 0.1)
+    assert (args.max_pixels, args.freeze_vision, args.num_epochs, args.lr_scheduler) == (401408, True, 1, "cosine")
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda r: r.pop("messages"), "samples.jsonl:1: no column 'messages'"),
-    (lambda r: r["images"].append("x.png"), "2 images"),
-    (lambda r: r.update(answer="<|box_start|>(9,9),(3,12)<|box_end|>"), "bbox_1000 [9, 9, 3, 12]; want 0 <= x1 < x2"),
-])  # fmt: skip
-def test_a_bad_row_gets_one_clear_line_before_weights_are_loaded(edit, message, synth_dir, tmp_path):
-    row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
-    edit(row)
-    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
-    done = train(tmp_path / "out", "no-model-here", tmp_path / "samples.jsonl", check=False)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
+def test_a_run_learns_freezes_vision_and_its_export_gives_the_same_tokens(runs, tiny_dir, parts):
+    metrics, out = metrics_of(runs["train_sft"]), runs["train_sft"]
+    assert [m["epoch"] for m in metrics] == pytest.approx([4 / 12, 8 / 12, 1, 13 / 12])
+    assert metrics[2]["loss"] < metrics[0]["loss"] - 0.2
+    first, last = metrics[0]["num_tokens"], metrics[3]["num_tokens"] - metrics[2]["num_tokens"]
+    assert last < first / 3, "the last step has one row, not four"
+    before, after = load_file(tiny_dir / "model.safetensors"), load_file(out / "final/model.safetensors")
+    assert all(torch.equal(before[k], after[k]) == ("visual" in k) for k in before)
+    folder = str(out / "final")
+    plain_model = t.AutoModelForImageTextToText.from_pretrained(folder)
+    assert plain_model.config.prompt_suffix == ""
+    tokenizer, processors = t.AutoTokenizer.from_pretrained(folder), t.load_processors(folder, 401408)
+    assert tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    prompt = parts.prompts[0] | t.chat_inputs(processors, parts.prompts[0]["image"], parts.prompts[0]["question"])
+    model = t.load_model(folder, "float32", torch.device("cpu"))
+    ((ours, _, _),) = g.rollout(model, tokenizer, [prompt], [["0"]], 16, 0.0)[0]
+    draw = dict(max_new_tokens=16, do_sample=False, bad_words_ids=[[i] for i in parts.banned])
+    assert plain.generate(plain_model, prompt, **draw) == [ours]
 
-
-def test_engine_settings_that_belong_to_flags_are_refused(tiny_dir, synth_dir, tmp_path):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}')
-    done = train(
-        tmp_path / "out", tiny_dir, synth_dir / "samples.jsonl", "--deepspeed", tmp_path / "ds.json", check=False
-    )
-    assert (
-        done.returncode != 0
-        and "has 'train_batch_size'; want engine settings only" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-
-
-def test_trackers_get_every_row_and_are_closed(tmp_path, monkeypatch):
-    """A stand-in for each package: an interrupted run goes on under the same name, TensorBoard forgets later steps."""
-    seen = []
-    run = SimpleNamespace(
-        log=lambda row, step: seen.append(("wandb", step, row["loss"])), finish=lambda: seen.append("end")
-    )
-    started, folders = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            folders.append((folder, purge_step))
-
-        def add_scalar(self, key, value, step):
-            seen.append(("tensorboard", step, key, value))
-
-        def close(self):
-            seen.append("closed")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: started.append(kw) or run))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    args = SimpleNamespace(wandb="kvg", tensorboard=True, output_dir=str(tmp_path / "run"))
-    for _ in range(2):
-        send, finish = t.start_trackers(args, {"seed": 0}, 3)
-    send({"step": 3, "loss": 0.5})
-    finish()
-    assert seen == [("wandb", 3, 0.5), ("tensorboard", 3, "loss", 0.5), "end", "closed"]
-    assert started[0] == started[1] and (started[0]["project"], started[0]["resume"]) == ("kvg", "allow")
-    assert folders[0] == (str(tmp_path / "run/tensorboard"), 3)
-    send, finish = t.start_trackers(SimpleNamespace(**vars(args) | {"wandb": None, "tensorboard": False}), {}, 1)
-    assert send({"step": 1}) == finish() == [], "off by default"
-
-
-def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
-    monkeypatch.setattr(t.importlib.util, "find_spec", lambda name: None)
-    for flags, name in ((["--wandb", "kvg"], "wandb"), (["--tensorboard"], "tensorboard")):
-        with pytest.raises(SystemExit, match=f"--{name}: no {name} in this environment; .*pip install {name}"):
-            t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o", *flags])
+def test_sharegpt_files_train_with_the_long_rows_counted_and_the_tracker_told(synth_dir, tiny_dir, tmp_path):
+    """Two files, absolute paths; one row too long, one bad. A stand-in for wandb writes down what it is told."""
+    rows = [json.loads(line) for line in (synth_dir / "samples.jsonl").read_text().splitlines()]
+    share = [{"messages": r["messages"], "images": [str(synth_dir / r["images"][0])]} for r in rows]
+    del share[3]["messages"][1]
+    share[4]["messages"][1]["content"] = "so " * 200
+    for i in (0, 1):
+        (tmp_path / f"{i}.json").write_text(json.dumps([r | {"id": f"{i}{j}"} for j, r in enumerate(share[i::2])]))
+    stub = "def init(id, **kwargs): print('wandb init', len(id))\ndef log(row, step): print('wandb log', step)\n"
+    (tmp_path / "wandb.py").write_text(stub)
+    done = run_script("train_sft.py", "--model", tiny_dir, "--data", tmp_path / "0.json", tmp_path / "1.json",
+                      "--output_dir", tmp_path / "run", "--train_batch_size", 5, "--max_length", 150, "--max_bad_rows",
+                      1, "--wandb", "kvg", "--save_steps", 0, PYTHONPATH=str(tmp_path))  # fmt: skip
+    assert "10 of 12 rows are of use, the others too long or bad\n11: ValueError nothing to learn from" in done.stdout
+    assert [(m["step"], m["epoch"]) for m in metrics_of(tmp_path / "run")] == [(1, 0.5), (2, 1.0)]
+    told = [line for line in done.stdout.splitlines() if line.startswith("wandb")]
+    assert told == ["wandb init 32", "wandb log 1", "wandb log 2"]

@@ -1,0 +1,39 @@
+"""One case of an evaluation as a picture: the two boxes, and the reasoning beside them.
+
+  python tests/figure.py runs/toy/eval_grpo --case bowl/0047-4 --out tests/figure.png
+"""
+
+import argparse
+import io
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet
+from PIL import Image, ImageDraw, ImageFont
+
+p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+p.add_argument("folder", type=Path, help="--out of eval_kvg.py, of a parquet with pictures")
+p.add_argument("--case", required=True, help="its question_id")
+p.add_argument("--out", required=True, help="a PNG")
+args = p.parse_args()
+
+lines = (args.folder / "predictions.jsonl").read_text("utf-8").splitlines()
+case = next(r for r in map(json.loads, lines) if r["question_id"] == args.case)
+bench = json.loads((args.folder / "metrics.json").read_bytes())["args"]["bench"]
+rows = pyarrow.parquet.read_table(bench, columns=["question_id", "image"]).to_pylist()
+data = next(r["image"]["bytes"] for r in rows if r["question_id"] == args.case)
+image = Image.open(io.BytesIO(data)).convert("RGB")
+image = image.resize((660, round(660 * image.height / image.width)), Image.Resampling.LANCZOS)
+
+sheet = Image.new("RGB", (1560, image.height + 40), "white")
+sheet.paste(image, (20, 20))
+draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(21)
+for box, color, width in ((case["gt_bbox_1000"], "#00845c", 7), (case["pred_bbox_1000"], "#c94a06", 3)):
+    sides = (image.width / 1000, image.height / 1000) * 2
+    draw.rectangle([20 + v * n for v, n in zip(box, sides, strict=True)], outline=color, width=width)
+text = re.sub(r"<\|\w+\|>", "", case["question"] + "\n\n" + case["response"])
+draw.text((710, 20), text, "#1b2430", font, spacing=9)
+draw.text((710, image.height - 32), f"truth, IoU {case['iou']:.2f}", "#00845c", font)
+draw.text((710, image.height), "answer", "#c94a06", font)
+sheet.quantize(256).save(args.out, optimize=True)

@@ -1,0 +1,330 @@
+"""The first minutes on a GPU: does everything run there, is it exact, how fast is it. One command, one GPU, 8 minutes.
+
+  python tests/gpu_check.py [--checks kernels rollouts]         without CUDA the same walk at tiny sizes
+
+Prints a table, and writes it to --out. Needs no weights, no data and no flash-attn: a tiny model for what is to be
+exact, random weights of 2B and 7B geometry for what is to be fast, beside tools/plan.py and the plain way. Without
+DeepSpeed PlainEngine stands in. Unless --checks are named, each has a process of its own: one that breaks is a row.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.machinery import ModuleSpec
+from importlib.metadata import distributions
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import plain
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CUDA, TOY, LOW = torch.cuda.is_available(), str(ROOT / "tests/toy/base"), torch.bfloat16
+DEVICE, LIMIT, TOTAL = torch.device("cuda" if CUDA else "cpu"), 150, 470  # seconds of a check, and of all
+if CUDA:
+    PATCHES, WIDTH, SHAPES = 2048, 1280, range(512, 4092, 179)  # of the vision tower; 20 lengths of a sequence
+    ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 8, 50, 32, 24, 128  # prompts, how often, tokens; greedy answers
+    STEPS, STOP_AFTER, BUCKETS = 8, 30, (560_000_000, 200_000_000, 50_000)  # seconds; the toy embeds in 79,360
+    GEOMETRIES = {"2b": ("tests/configs/qwen2-vl-2b", 1), "7b": ("tests/configs/qwen2-vl-7b", 8)}  # and its GPUs
+    B, G, SIDES, WORDS, LENGTHS = 8, 8, (700, 560), 503, (150, 512)  # prompts, completions; photo, words, tokens
+else:
+    PATCHES, WIDTH, SHAPES, ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 16, 32, range(8, 11), 2, 2, 16, 2, 8
+    STEPS, STOP_AFTER, BUCKETS, GEOMETRIES = 2, 40, (560_000_000, 50_000), {"2b": (TOY, 1), "7b": (TOY, 8)}
+    B, G, SIDES, WORDS, LENGTHS = 2, 2, (112, 84), 20, (6,)
+
+class PlainEngine(torch.nn.Module):
+    """What the trainers ask of DeepSpeed's engine, in one process; the optimizer holds every n-th tensor in fp32."""
+
+    def __init__(self, model, optimizer, config):
+        super().__init__()
+        self.module, self.optimizer, self.clip = model, optimizer, config["gradient_clipping"] or np.inf
+        self.device, self.global_rank, optimizer.overflow = model.model.device, 0, False
+        self.weights = optimizer.param_groups[0]["params"][:: STAND_IN.ranks]
+        self.copies = optimizer.param_groups[0]["params"] = [p.detach().float() for p in self.weights]
+        self.forward, self.backward = model.forward, lambda loss, scale_wrt_gas: loss.backward()
+        self.set_gradient_accumulation_boundary = bool  # does nothing
+        self.get_global_grad_norm, self.zero_optimization_stage = lambda: self.norm, lambda: 2
+
+    @torch.no_grad()
+    def step(self):
+        self.norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip).item()
+        for p, copy in zip(self.weights, self.copies, strict=True):
+            copy.grad, p.grad = p.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.zero_grad()
+        for p, copy in zip(self.weights, self.copies, strict=True):
+            p.copy_(copy)
+
+STAND_IN = ModuleType("deepspeed")
+STAND_IN.__spec__ = ModuleSpec("deepspeed", None)  # transformers looks for it
+STAND_IN.ops, STAND_IN.ranks = SimpleNamespace(__compatible_ops__={}), 1
+STAND_IN.zero = SimpleNamespace(GatheredParameters=lambda weights, enabled: torch.no_grad())  # a rollout asks for it
+STAND_IN.initialize = lambda **parts: [PlainEngine(**parts)]
+try:
+    import deepspeed
+except ImportError:
+    sys.modules["deepspeed"] = deepspeed = STAND_IN
+
+import train_grpo as g  # noqa: E402
+
+g.REWARD_FUNCS["letters"] = lambda c, prompt, args: sum(map(str.isalpha, c.text)) / 99  # any model earns it
+INSTALLED = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
+
+# ---- what the checks share ----
+def milliseconds(call):
+    return 1e3 * Timer("call()", globals={"call": call}).timeit(5).mean  # after two to warm up
+
+def apart(names, ours, exact):
+    """{name: norm of the difference, relative to that of the exact one}"""
+    pairs = ((a.float(), b.float()) for a, b in zip(ours, exact, strict=True))
+    return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in zip(names, pairs, strict=True)}
+
+def run(*command):
+    """What a Python process prints; what it complains of goes to the terminal."""
+    alone = ("env", "-u", "LOCAL_RANK", "-u", "RANK", "-u", "WORLD_SIZE", sys.executable)  # they are set here
+    return subprocess.check_output([*alone, *map(str, command)], text=True, cwd=ROOT)
+
+def toy(folder, count):
+    """(the toy base in bf16, its processors, prompts that it answers with a box)"""
+    processors, (samples, _) = g.load_processors(TOY, 401408), g.read_samples([folder / "kvg-bench.parquet"])
+    prompts = [x | g.chat_inputs(processors, x["image"], x["question"]) for x in samples[:count]]
+    return g.load_model(TOY, "bfloat16", DEVICE), processors, prompts
+
+def trained(trainer, folder, name, *flags, seconds=100):
+    """metrics.jsonl of a run in a process of its own, which gets SIGTERM after so many seconds."""
+    out, code = folder / name, f"import sys, gpu_check, {trainer}; sys.argv[0] = '{trainer}'; {trainer}.main()"
+    same = ("--model", TOY, "--data", folder / "kvg-bench.parquet", "--output_dir", out, "--save_steps", 0)
+    command = map(str, ("timeout", seconds, sys.executable, "-c", code, *same, "--train_batch_size", 8, *flags))
+    subprocess.run([*command], stdout=subprocess.DEVNULL, cwd=ROOT / "tests")
+    return g.read_jsonl(out / "metrics.jsonl")
+
+# ---- the checks; each yields (what, {name: number or text}, what is wanted, whether it is so or None) ----
+def versions(folder):
+    code, gpu = subprocess.getstatusoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    found = {n: INSTALLED.get(n, "none") for n in ("torch", "transformers", "deepspeed", "flash_attn", "trl")}
+    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "GPU": gpu}
+    yield "1 versions", found, "CUDA where a GPU is", torch.ones(1, device=DEVICE) and CUDA >= (code == 0)
+
+def patches(folder):
+    conv = torch.nn.Conv3d(3, WIDTH, (2, 14, 14), (2, 14, 14), bias=False, device=DEVICE, dtype=LOW)
+    x = torch.randn(PATCHES, 3, 2, 14, 14, device=DEVICE, dtype=LOW)
+    for name, way in (("linear", lambda: F.linear(x.flatten(1), conv.weight.flatten(1))), ("Conv3d", lambda: conv(x))):
+        both = milliseconds(lambda f=way: f().sum().backward())
+        yield f"2 patches by {name}", {"forward ms": milliseconds(way), "with backward ms": both}, "", None
+
+def sdpa(folder):
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        ms, bad = {}, 0
+        for S in (*SHAPES, *SHAPES):
+            q, k, v, up = (torch.randn(1, 16, S, 80, device=DEVICE, dtype=LOW, requires_grad=True) for _ in range(4))
+            with g.timed(t := {}, "s"):
+                F.scaled_dot_product_attention(q, k, v).backward(up)
+            ms.setdefault(S, []).append(1e3 * t["s"])
+            bad += not all(x.grad.isfinite().all() for x in (q, k, v))
+        first, again = np.median([*ms.values()], axis=0)
+        measured, ok = {"first ms": first, "again ms": again, "bad gradients": bad}, bad == 0 and first < 5 * again
+        yield f"3 SDPA {'with' if cudnn else 'without'} cuDNN", measured, "first < 5 x again", None if cudnn else ok
+
+def kernels(folder):
+    _, processors, prompts = toy(folder, 2)
+    for p in prompts:
+        p["completions"] = [SimpleNamespace(ids=torch.randint(3, 500, (n,)).tolist()) for n in (1, 7, 300)]
+    T = (packed := g.pack_groups(prompts, DEVICE)).input_ids.numel()
+    parts = partial(g.attend_sequences, ends=torch.tensor([0, T // 3, T], dtype=torch.int32, device=DEVICE), longest=T)
+    cases = {"attend_groups": (partial(packed.attend, 0), 28, 4, 128), "attend_sequences": (parts, 28, 4, 128),
+             "attend_sequences, tower": (partial(parts, causal=False), 16, 16, 80)}  # fmt: skip
+    for name, (attend, heads, key_heads, width) in cases.items():
+        shapes, results = [(1, n, T, width) for n in (heads, key_heads, key_heads)] + [(1, T, heads, width)], []
+        drawn = [torch.randn(shape, device=DEVICE).to(LOW) for shape in shapes]
+        for dtype in (LOW, torch.float32):  # which takes the loop
+            q, k, v, up = (x.detach().to(dtype).requires_grad_() for x in drawn)
+            (out := attend(q, k, v, width**-0.5)).backward(up)
+            results.append((out, q.grad, k.grad, v.grad))
+        off = apart(("output", "dq", "dk", "dv"), *results)
+        yield f"4 {name}, bf16 against the fp32 loop", off, "each < 0.02", max(off.values()) < 0.02
+
+    def felt(model, logps):
+        logps.sum().backward()
+        return torch.cat(g.embed_images(model, packed), 1), logps, model.model.visual.patch_embed.proj.weight.grad
+
+    model = AutoModelForImageTextToText.from_pretrained(TOY).to(DEVICE)  # fp32, SDPA in tower and decoder
+    rows = [plain.completion_logps(model, processors[0], p, [c.ids for c in p["completions"]]) for p in prompts]
+    exact = felt(model, torch.cat([logps[mask.bool()] for logps, mask in rows]))
+    for dtype, limit in (("float32", 1e-3), ("bfloat16", 0.1)):
+        model = g.load_model(TOY, dtype, DEVICE)
+        off = apart(("image", "log-probs", "first gradient"), felt(model, g.CompletionLogProbs(model)(packed)), exact)
+        yield f"4 the toy in {dtype} against transformers", off, f"each < {limit}", max(off.values()) < limit
+
+def rollouts(folder):
+    (model, processors, many), capture, times, done, answers = toy(folder, TOGETHER), g.capture, {}, [], []
+    prompts, seeds = many[:ROLLED], [[f"{i}:{j}" for j in range(G)] for i in range(ROLLED)]
+
+    def timed_capture(advance):
+        with g.timed(times, "capture"):
+            return capture(advance)
+
+    for g.capture in (lambda advance: advance, timed_capture):  # a CPU never asks for it
+        done.append([c for group in g.rollout(model, processors[0], prompts, seeds, LENGTH, 1.0) for c in group])
+    other = sum(a[0] != b[0] for a, b in zip(*done, strict=True))
+    off = max([(a[1] - b[1]).abs().max().item() for a, b in zip(*done, strict=True) if a[0] == b[0]], default=0)
+    yield "5 graphs against none", {"other rows": other, "log-probs": off}, "0, < 0.01", other == 0 and off < 0.01
+    held, times = torch.cuda.memory_reserved(), {"rollout": 0.0, "capture": 0.0}
+    for _ in range(ROLLOUTS):
+        with g.timed(times, "rollout"):
+            g.rollout(model, processors[0], prompts, seeds, LENGTH, 1.0)
+    measured = {f"{phase} ms": 1e3 * t / ROLLOUTS for phase, t in times.items()}
+    measured["grown MB"] = (torch.cuda.memory_reserved() - held) / 1e6
+    yield f"5 {ROLLOUTS} rollouts", measured, "grown < 64 MB", measured["grown MB"] < 64
+    for batches in ([[p] for p in many[:ALONE]], [many]):
+        rolled = [g.rollout(model, processors[0], b, [["0"]] * len(b), LENGTH, 0.0) for b in batches]
+        answers.append([ids for batch in rolled for [(ids, _, _)] in batch])
+    equal = np.mean([a == b for a, b in zip(*answers, strict=False)])
+    yield f"12 greedy answers alone and among {TOGETHER}, bf16", {"equal": equal}, ">= 0.9", equal >= 0.9
+
+def step(folder, name):
+    """A GRPO step at this geometry, by one of so many GPUs; then the plain way and TRL's, with one prompt."""
+    (path, gpus), processors, prompts = GEOMETRIES[name], g.load_processors(TOY, 401408), []
+    for photo in (f"{folder}/{i}.png" for i in range(B)):
+        Image.fromarray(np.random.randint(0, 256, (*SIDES[::-1], 3), np.uint8)).save(photo)
+        prompts.append({"id": photo} | g.chat_inputs(processors, photo, " red" * WORDS))
+    P, image = len(prompts[0]["prompt_ids"]), AutoConfig.from_pretrained(TOY).image_token_id
+    config = AutoConfig.from_pretrained(ROOT / path, image_token_id=image)
+    with DEVICE:
+        model = AutoModelForImageTextToText.from_config(config, dtype=LOW if CUDA else torch.float32)
+    args = g.parse_args(["--model=", "--data=", "--output_dir=", *(flags := ["--gradient_checkpointing"] * (gpus > 1))])
+    g.deepspeed, STAND_IN.ranks = deepspeed if gpus == 1 else STAND_IN, gpus
+    engine = g.start_engine(g.CompletionLogProbs(g.packable(model)), args)
+
+    def once(C):
+        times, seeds = {}, [[f"{p['id']}:{i}" for i in range(G)] for p in prompts]
+        with torch.no_grad(), g.timed(times, "vision, prefill"):
+            rolled = g.Rollout(model.eval(), processors[0], prompts, seeds, C, 1.0)
+        with torch.no_grad(), g.timed(times, "decode"):
+            rolled.decode(graphs=CUDA)
+        rolled = rolled.tokens.view(B, G, C).tolist()
+        for p, group in zip(prompts, rolled, strict=True):
+            ids = [[i for i in c if i >= 0] for c in group]
+            p["completions"] = [g.Completion(c, torch.zeros(len(c)), True, advantage=1.0) for c in ids]
+            p["num_tokens"] = P + G * C
+        with g.timed(times, "train"):
+            engine.train()
+            for members in (rows := g.fill_rows(prompts, args.tokens_per_row, DEVICE)):
+                loss, _ = g.row_loss(engine, None, members, B * G, B * G * C, args)
+                engine.set_gradient_accumulation_boundary(members is rows[-1])
+                engine.backward(loss, scale_wrt_gas=False)
+        with g.timed(times, "optimizer"):
+            engine.step()
+        return times
+
+    card = re.search("[ah][12]00|l40s|a6000|rtx ?[34]090", torch.cuda.get_device_name().lower() if CUDA else "")
+    code = f"from tools import plan; plan.TEXT = {P - np.prod(SIDES) // 784}; plan.print_plan(plan.parse_args())"
+    given = ["grpo", "--model", ROOT / path, "--gpus", f"{gpus}x{card[0].replace(' ', '') if card else 'h100'}", *flags]
+    given += ["--train_batch_size", B * gpus, "--num_generations", G, "--max_pixels", np.prod(SIDES)]
+    ours, wanted = {}, "bandwidth > 0.4, MFU > 0.3" + ", GB < 1.15 x planned" * (gpus == 1)
+    for C in LENGTHS:
+        once(C)  # warms up
+        times, plan = once(C), run("-c", code, *given, "--max_completion_length", C)
+        least = [float(re.search(rf"^{k} +s +(\S+) +(\S+)", plan, re.M)[1 + len(flags)]) for k in ("decode", "train")]
+        planned, gb = re.search(r": ([\d.]+) of", plan.splitlines()[-1])[1], torch.cuda.max_memory_allocated() / 1e9
+        told = {f"{k} s": t for k, t in times.items()} | {"tokens/s": B * G * C / times["decode"], "GB": gb}
+        told |= {"bandwidth": least[0] / times["decode"], "MFU": least[1] / times["train"], "planned GB": planned}
+        ok = told["bandwidth"] > 0.4 and told["MFU"] > 0.3 and (gpus > 1 or gb < 1.15 * float(planned))
+        yield f"8 {name}, P = {P}, C = {C}", told, wanted, ok if card else None
+        ours[C] = sum(times.values()) - times["optimizer"]
+    engine = None  # and its optimizer
+    model.set_attn_implementation("sdpa")
+    for C in LENGTHS:
+        sample = {"max_new_tokens": C, "min_new_tokens": C, "do_sample": True, "top_k": 0, "num_return_sequences": G}
+        with g.timed(times := {}, "generate"):
+            ids = plain.generate(model.eval(), prompts[0], **sample, pad_token_id=0)
+        with g.timed(times, "train"):
+            logps, mask = plain.completion_logps(model.train(), processors[0], prompts[0], ids)
+            (logps * mask).sum().backward()
+        ratio = B * sum(times.values()) / ours[C]
+        measured = {f"{k} s": B * t for k, t in times.items()} | {"times ours": ratio}
+        yield f"8 {name}, C = {C}, plain, {B} x one prompt", measured, "> 1", ratio > 1 if CUDA else None
+    if gpus == 1 and "trl" in INSTALLED:
+        for part in (model, *processors[:2]):
+            part.save_pretrained(folder / "model")
+        (folder / "trl.jsonl").write_text(json.dumps({"image": prompts[0]["id"], "text": " red" * WORDS}))
+        flags = ("--num_generations", G, "--max_completion_length", C, "--steps", 2, "--out", folder / "trl.json")
+        run("tests/trl_baseline.py", "grpo", "--model", folder / "model", "--prompts", folder / "trl.jsonl", *flags)
+        measured = {"s": B * json.loads((folder / "trl.json").read_text())["step_seconds"][-1]}
+        yield f"8 {name}, C = {C}, TRL, {B} x one prompt", measured, "", None
+
+def stages(folder):
+    direct, letters = ("--target", "direct"), ("--reward_funcs", "letters", "--max_completion_length", 32)
+    for trainer, flags in (("train_sft", direct), ("train_grpo", (*letters, "--dtype", "bfloat16"))):
+        rows = trained(trainer, folder, trainer, "--max_steps", STEPS, *flags)
+        cost = {k: rows[-1][k] for k in ("step_time", "mem_gib", "loss", "grad_norm")}
+        yield f"7 {trainer}", cost, "a gradient", cost["grad_norm"] > 0
+    drift = max(r["sampling/logp_diff"] for r in rows)
+    yield "9 sampling/logp_diff, bf16", {"most": drift}, "< 0.03", drift < 0.03
+    flags = ("--prompt", "direct", "--max_completion_length", 48, "--out", folder / "eval")
+    run("eval_kvg.py", "--bench", folder / "kvg-bench.parquet", "--model", folder / "train_sft/final", *flags)
+    told = json.loads((folder / "eval/metrics.json").read_text())["all"]
+    yield "7 eval_kvg", {k: told[k] for k in ("n", "acc", "parse_rate")}, "answers", told["parse_rate"] > 0
+    if deepspeed is STAND_IN:
+        return (yield "10, 11 bucket and SIGTERM", {"skipped": "DeepSpeed is not installed"}, "", None)
+    norms, sft = {}, partial(trained, "train_sft", folder)
+    for size in BUCKETS:
+        (folder / "ds.json").write_text(g.DS_CONFIG.replace("560000000", str(size)))
+        norms[str(size)] = sft(str(size), "--max_steps", 1, "--deepspeed", folder / "ds.json", *direct)[0]["grad_norm"]
+    yield "10 grad_norm by bucket", norms, "equal to 0.1 %", max(norms.values()) < 1.001 * min(norms.values())
+    n = len(sft("stopped", "--max_steps", 10**6, *direct, seconds=STOP_AFTER))
+    saved, rows = len(g.checkpoints(folder / "stopped")), sft("stopped", "--max_steps", n + 2, *direct)
+    ok = saved == 1 and [r["step"] for r in rows] == [*range(1, n + 3)]
+    yield "11 SIGTERM, resumed", {"stopped after": n, "steps": len(rows)}, "saved, each step once", ok
+
+# ---- the walk ----
+CHECKS = {"versions": versions, "patches": patches, "sdpa": sdpa, "kernels": kernels, "rollouts": rollouts,
+          "step_2b": partial(step, name="2b"), "step_7b": partial(step, name="7b"), "stages": stages}  # fmt: skip
+
+def row(check, measured, wanted, ok):
+    """A row of --out, printed as a line of the table. ok None: numbers to look at, or nothing to do here."""
+    measured = {k: v if isinstance(v, str) or np.isfinite(v) else str(v) for k, v in measured.items()}
+    told = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in measured.items())
+    print(line := f"| {check} | {told} | {wanted} | {'-' if ok is None else 'yes' if ok else 'NO'} |", flush=True)
+    return {"check": check, "measured": measured, "wanted": wanted, "ok": ok if ok is None else bool(ok), "line": line}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--out", default="gpu_check.json", help="what was measured, a row for each line of the table")
+    p.add_argument("--checks", nargs="+", choices=CHECKS, help="these alone, in one process")
+    args, rows, began = p.parse_args(), [], time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.checks:
+            g.init_dist()
+            run("tests/toy/toy_world.py", "--out", folder, "--per_entity", 1, "--bench_images", TOGETHER // 4, 1)
+        for name in args.checks or CHECKS:
+            part, limit = Path(folder, f"{name}.json"), max(1, min(LIMIT, TOTAL + began - time.time()))
+            own = ["timeout", "-s", "KILL", f"{limit:.0f}", sys.executable, __file__, "--out", part, "--checks", name]
+            try:
+                for measured in CHECKS[name](Path(folder)) if args.checks else ():
+                    rows.append(row(*measured))
+                    Path(args.out).write_text(json.dumps(rows, indent=1, allow_nan=False))
+                if not args.checks and (code := subprocess.run(own).returncode):
+                    raise RuntimeError(f"exit code {code} within {limit:.0f} s")
+            except Exception as e:  # noqa: BLE001  whatever breaks in a check is its result, and the walk goes on
+                rows.append(row(name, {"error": f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]}, "no error", False))
+            rows += json.loads(part.read_text()) if part.exists() else []
+            Path(args.out).write_text(json.dumps(rows, indent=1, allow_nan=False))
+    if not args.checks:
+        print(f"\n{time.time() - began:.0f} s\n\n| check | measured | wanted | ok |\n|-|-|-|-|")
+        print(*(r["line"] for r in rows), sep="\n")
+
+if __name__ == "__main__":
+    main()
