@@ -28,10 +28,10 @@ from PIL import Image
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT, LIMIT, TOTAL = Path(__file__).resolve().parents[1], 150, 470  # seconds of a check, and of all
 sys.path.insert(0, str(ROOT))
 CUDA, TOY, LOW = torch.cuda.is_available(), str(ROOT / "tests/toy/base"), torch.bfloat16
-DEVICE, LIMIT, TOTAL = torch.device("cuda" if CUDA else "cpu"), 150, 470  # seconds of a check, and of all
+DEVICE, MODE = (torch.device("cuda"), "cuda") if CUDA else (torch.device("cpu"), "cpu, tiny")
 if CUDA:
     PATCHES, WIDTH, SHAPES = 2048, 1280, range(512, 4092, 179)  # of the vision tower; 20 lengths of a sequence
     ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 8, 50, 32, 24, 128  # prompts, how often, tokens; greedy answers
@@ -114,7 +114,7 @@ def trained(trainer, folder, name, *flags, seconds=100):
 def versions(folder):
     code, gpu = subprocess.getstatusoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
     found = {n: INSTALLED.get(n, "none") for n in ("torch", "transformers", "deepspeed", "flash_attn", "trl")}
-    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "GPU": gpu}
+    found |= {"device": MODE, "CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "GPU": gpu}
     yield "1 versions", found, "CUDA where a GPU is", torch.ones(1, device=DEVICE) and CUDA >= (code == 0)
 
 def patches(folder):
@@ -144,7 +144,7 @@ def kernels(folder):
         p["completions"] = [SimpleNamespace(ids=torch.randint(3, 500, (n,)).tolist()) for n in (1, 7, 300)]
     T = (packed := g.pack_groups(prompts, DEVICE)).input_ids.numel()
     parts = partial(g.attend_sequences, ends=torch.tensor([0, T // 3, T], dtype=torch.int32, device=DEVICE), longest=T)
-    cases = {"attend_groups": (partial(packed.attend, 0), 28, 4, 128), "attend_sequences": (parts, 28, 4, 128),
+    cases = {"the row": (partial(packed.attend, 0), 28, 4, 128), "attend_sequences": (parts, 28, 4, 128),
              "attend_sequences, tower": (partial(parts, causal=False), 16, 16, 80)}  # fmt: skip
     for name, (attend, heads, key_heads, width) in cases.items():
         shapes, results = [(1, n, T, width) for n in (heads, key_heads, key_heads)] + [(1, T, heads, width)], []
@@ -160,7 +160,7 @@ def kernels(folder):
         logps.sum().backward()
         return torch.cat(g.embed_images(model, packed), 1), logps, model.model.visual.patch_embed.proj.weight.grad
 
-    model = AutoModelForImageTextToText.from_pretrained(TOY).to(DEVICE)  # fp32, SDPA in tower and decoder
+    model, torch.backends.cudnn.allow_tf32 = AutoModelForImageTextToText.from_pretrained(TOY).to(DEVICE), False  # fp32
     rows = [plain.completion_logps(model, processors[0], p, [c.ids for c in p["completions"]]) for p in prompts]
     exact = felt(model, torch.cat([logps[mask.bool()] for logps, mask in rows]))
     for dtype, limit in (("float32", 1e-3), ("bfloat16", 0.1)):
@@ -244,7 +244,7 @@ def step(folder, name):
         ok = told["bandwidth"] > 0.4 and told["MFU"] > 0.3 and (gpus > 1 or gb < 1.15 * float(planned))
         yield f"8 {name}, P = {P}, C = {C}", told, wanted, ok if card else None
         ours[C] = sum(times.values()) - times["optimizer"]
-    engine = None  # and its optimizer
+    engine = getattr(engine, "destroy", bool)()  # its hooks and its optimizer
     model.set_attn_implementation("sdpa")
     for C in LENGTHS:
         sample = {"max_new_tokens": C, "min_new_tokens": C, "do_sample": True, "top_k": 0, "num_return_sequences": G}
@@ -319,11 +319,11 @@ def main():
                 if not args.checks and (code := subprocess.run(own).returncode):
                     raise RuntimeError(f"exit code {code} within {limit:.0f} s")
             except Exception as e:  # noqa: BLE001  whatever breaks in a check is its result, and the walk goes on
-                rows.append(row(name, {"error": f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]}, "no error", False))
+                rows.append(row(name, {"error": repr(e)[:200]}, "no error", False))
             rows += json.loads(part.read_text()) if part.exists() else []
             Path(args.out).write_text(json.dumps(rows, indent=1, allow_nan=False))
     if not args.checks:
-        print(f"\n{time.time() - began:.0f} s\n\n| check | measured | wanted | ok |\n|-|-|-|-|")
+        print(f"\n{MODE}, {time.time() - began:.0f} s\n\n| check | measured | wanted | ok |\n|-|-|-|-|")
         print(*(r["line"] for r in rows), sep="\n")
 
 if __name__ == "__main__":
