@@ -564,9 +564,10 @@ class Rollout:
     def advance(self):
         """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
         logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
-        cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
-        token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
-        token = token if self.temperature else logp.argmax(-1)
+        token = logp.argmax(-1)
+        if self.temperature:
+            cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
+            token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         self.tokens[self.slot, self.step] = torch.where(self.done, -1, token)
         self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
         self.done |= torch.isin(token, self.stop)

@@ -2,7 +2,6 @@
 
 reads   --data        rows with one box each: samples.jsonl of filter.py, own JSONL, the released GRPO parquets
 writes  --output_dir  metrics.jsonl, samples.jsonl (whole rollouts), run.json, checkpoint-N/ (resumable), final/
-
   1 GPU   python train_grpo.py --model runs/cot_sft/final --data runs/grpo/samples.jsonl --output_dir runs/train_grpo
   8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ...     (on a CPU too; the same command continues a stopped run)
 
@@ -642,9 +641,10 @@ class Rollout:
     def advance(self):
         """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
         logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
-        cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
-        token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
-        token = token if self.temperature else logp.argmax(-1)
+        token = logp.argmax(-1)
+        if self.temperature:
+            cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
+            token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         self.tokens[self.slot, self.step] = torch.where(self.done, -1, token)
         self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
         self.done |= torch.isin(token, self.stop)
