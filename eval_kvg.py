@@ -93,13 +93,11 @@ def ask(samples, args):
         asks, learned = prompt_suffix(todo[0], args), getattr(model.config, "prompt_suffix", None)
         if learned not in (None, asks):
             print0(f"note: the model learned with {learned!r} behind a question and is asked with {asks!r}")
-
     def read(s):
         try:
             return s, chat_inputs(processors, s["image"], s["question"] + prompt_suffix(s, args))
         except BAD as e:
             print(f"skipped {s['id']}: {type(e).__name__} {e}", flush=True)
-
     with ThreadPoolExecutor(4) as pool, open(part, "a") as f:
         ahead = pool.map(read, batches[0] if batches else [])
         for i in tqdm(range(len(batches)), desc="eval_kvg", disable=None if rank == 0 else True):
@@ -243,10 +241,6 @@ def metrics_table(metrics):
             lines.append(f"| {name} | {m['n']} | {100 * m['acc']:.1f} | {ci95} | {box} | {100 * m['parse_rate']:.1f} |")
     return "\n".join(lines)
 
-def limit_bad_rows(bad, args):
-    if len(bad) > args.max_bad_rows:
-        raise InputError(f"{len(bad)} bad rows, {' | '.join(bad[:5])}; want at most --max_bad_rows")
-
 def main():
     args = parse_args()
     # 1. questions, and what may not change between two runs into one folder
@@ -259,9 +253,10 @@ def main():
             bad.append(f"{args.bench} ({s['id']}): answer {s['answer']!r}; want a box, one of `options`, or none")
         else:
             asked[s["id"]] = s
-    limit_bad_rows(bad, args)
-    if not asked:
-        raise InputError(f"{args.bench}: no questions; want some")
+    def limit_bad_rows():
+        if len(bad) > args.max_bad_rows or not asked:
+            raise InputError(f"{len(bad)} bad rows, {' | '.join(bad[:5])}; want questions, at most --max_bad_rows")
+    limit_bad_rows()
     if os.environ.get("RANK", "0") == "0":
         files = [Path(args.bench), *sorted(Path(args.model or out / "none").glob("*.safetensors"))]
         settings = vars(args) | {"files": {str(f): [f.stat().st_size, f.stat().st_mtime] for f in files}}
@@ -271,7 +266,7 @@ def main():
     if answers is not None:  # rank 0 scores
         bad += [f"{key!r}: no answer" for key in asked.keys() - answers.keys()]
         bad += [f"{key!r}: no question" for key in answers.keys() - {s["id"] for s in samples}]
-        limit_bad_rows(bad, args)
+        limit_bad_rows()
         # 3. scores
         rows = [score(s, answer, args.prompt) for key, s in asked.items() for answer in answers.get(key, ())]
         metrics = bench_metrics(rows, [c.lower() for c in args.seen])
@@ -441,12 +436,9 @@ def chat_inputs(processors, image, text):
     """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
     pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
     (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
-    if style.pixels and BOX.search(text):
-        raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
-    _, rows, columns = vision["image_grid_thw"][0].tolist()
-    grid = (columns * p.patch_size, rows * p.patch_size) if style.pixels else (1000, 1000)
-    rows, columns = rows // p.merge_size, columns // p.merge_size
+    _, rows, columns = (vision["image_grid_thw"][0] // p.merge_size).tolist()
+    grid = tuple(n * p.merge_size * p.patch_size for n in (columns, rows)) if style.pixels else (1000, 1000)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
@@ -494,18 +486,23 @@ def packed_flash(module, query, key, value, attention_mask, scaling, attend=None
     """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
-    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
+    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, spans, causal=False), None
 
-def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
-    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=True):
+    """Attention within sequences that lie end to end. Spans: their ends, int32, from 0 on, and the longest; keys may be
+    more, whose last the last query sees. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
+    (ends, longest), (key_ends, longest_key) = spans, key_spans or spans
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
-        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
-    parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
-    attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
+        options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
+        options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
+        return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
+    sizes = [x.diff().tolist() for x in (ends, key_ends, key_ends)]
+    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
+    def attend(q, k, v):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
 def embed_images(model, row):
@@ -516,10 +513,12 @@ def embed_images(model, row):
 
 def hidden_states(model, row):
     """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
-    first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
-    images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
-    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
+    first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
+    seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
+    inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
+    options = {"visual_pos_masks": seen, "deepstack_visual_embeds": rest} if rest else {}
+    options |= {"position_ids": row.position_ids, "attend": row.attend, "use_cache": False}
+    return model.model.language_model(inputs_embeds=inputs, **options).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:rollout (source)
@@ -529,7 +528,7 @@ BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 class Rollout:
     """G completions of each of B prompts, decoded as R = B x G rows, those of a prompt side by side. Prompts and images
     go through the model once, in one packed row; then one token of all rows at a time. On the device: per layer
-    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
+    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding;
     logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
     Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
@@ -541,7 +540,7 @@ class Rollout:
             kv = torch.cat([key, value]).transpose(0, 2).split(lengths)
             kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
             self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
-            return attend_sequences(query, key, value, scaling, ends, P)
+            return attend_sequences(query, key, value, scaling, (ends, P))
         row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
         row = SimpleNamespace(**row, attend=attend)
         row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
@@ -551,7 +550,7 @@ class Rollout:
             p["image_features"] = features
         last = ends[1:].long() - 1
         self.logits = model.lm_head(hidden_states(model, row)[last]).float().repeat_interleave(G, 0)
-        self.own_kv = [kv[:, :, :, :0].repeat_interleave(G, 1) for kv in self.prompt_kv]
+        self.own_kv = [[x[:, :, None, :0].repeat_interleave(G, 2) for x in kv] for kv in self.prompt_kv]
         self.behind = torch.arange(P, device=device) >= ends.diff()[:, None]
         self.position = (row.position_ids[0, 0, last] + 1).repeat_interleave(G)
         self.slot, self.step = torch.arange(B * G, device=device), torch.zeros(1, dtype=torch.long, device=device)
@@ -563,16 +562,17 @@ class Rollout:
 
     def advance(self):
         """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
-        logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
-        token = logp.argmax(-1)
+        logits = self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)
+        token, probs = logits.argmax(-1), logits.softmax(-1)
         if self.temperature:
-            cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
+            cdf, draw = probs.cumsum(-1), self.draws[self.slot, self.step][:, None]
             token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         self.tokens[self.slot, self.step] = torch.where(self.done, -1, token)
-        self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
+        self.logps[self.slot, self.step] = probs.gather(1, token[:, None])[:, 0].log()
         self.done |= torch.isin(token, self.stop)
-        future = torch.arange(self.own_kv[0].shape[3], device=token.device) > self.step
-        self.unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)[:, None, None]
+        future = torch.arange(self.own_kv[0][0].shape[3], device=token.device) > self.step
+        unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)
+        self.bias = torch.where(unseen, -torch.inf, 0.0)[:, None, None]
         inputs = {"inputs_embeds": self.model.get_input_embeddings()(token)[:, None], "use_cache": False}
         inputs["position_ids"] = self.position.expand(3, 1, -1).transpose(1, 2)
         hidden = self.model.model.language_model(**inputs, attend=self.attend).last_hidden_state
@@ -583,20 +583,20 @@ class Rollout:
     def attend(self, layer, query, key, value, scaling):
         """Of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
         softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
-        self.own_kv[layer].index_copy_(3, self.step, torch.stack([key, value]))
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt_kv[layer], self.own_kv[layer]
-        (B, KV, P, D), R = prompt_k.shape, len(query)
+        B, KV, G, W, D = own_k.shape
+        def by_prompt(x):  # (R, KV x n, 1, D) -> (B, KV, G, n, D)
+            return x.view(B, G, KV, -1, D).transpose(1, 2)
+        own_k.index_copy_(3, self.step, by_prompt(key))
+        own_v.index_copy_(3, self.step, by_prompt(value))
         exact = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
         def scores(q, k):
-            return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **exact).unflatten(0, k.shape[:2])
-        def by_prompt(x):  # (R, KV, query heads per key head, any) -> (B, KV, those of all rows of the prompt, any)
-            return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
-        def by_row(x):  # and back
-            return x.unflatten(2, (R // B, -1)).transpose(1, 2).flatten(0, 1)
-        q = (query * scaling).view(R, KV, -1, D)
-        weights = torch.cat([scores(by_prompt(q), prompt_k), by_prompt(scores(q, own_k))], -1)
-        weights = weights.masked_fill(self.unseen, -torch.inf).softmax(-1).to(q.dtype)
-        return (by_row(weights[..., :P] @ prompt_v) + by_row(weights[..., P:]) @ own_v).reshape(R, 1, -1, D)
+            return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, **exact).view(B, KV, -1, k.shape[-2])
+        q = by_prompt(query * scaling).contiguous()
+        weights = torch.cat([scores(q.flatten(2, 3), prompt_k), scores(q, own_k)], -1).add_(self.bias)
+        weights = weights.softmax(-1).to(q.dtype)
+        out = (weights[..., :-W] @ prompt_v).view(q.shape) + weights[..., -W:].unflatten(2, (G, -1)) @ own_v
+        return out.transpose(1, 2).reshape(len(query), 1, -1, D)
 
     def drop_finished(self):
         """Leaves behind the groups that are done, and rows of the others down to what the fullest still needs."""
@@ -608,22 +608,22 @@ class Rollout:
         keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
         for name, kept in {"position": keep, "logits": keep, "done": keep, "slot": keep, "behind": groups}.items():
             setattr(self, name, getattr(self, name)[kept])
-        self.own_kv, self.prompt_kv = [x[:, keep] for x in self.own_kv], [x[:, groups] for x in self.prompt_kv]
+        self.prompt_kv = [x[:, groups] for x in self.prompt_kv]
+        self.own_kv = [[x[groups[:, None], :, first].transpose(1, 2) for x in kv] for kv in self.own_kv]
 
     def decode(self, graphs):
-        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, no row moves, `done` is read at times."""
-        C, advance, stride = self.tokens.shape[1], self.advance, 256 if graphs else 32
+        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, and `done` is read at times."""
+        C, stride = self.tokens.shape[1], 256 if graphs else 16
         for t in range(C):
             if t % stride == 0:  # room for more tokens; the pass after it is also the warm-up that a capture needs
-                self.own_kv = [F.pad(x, (0, 0, 0, min(stride, C - t))) for x in self.own_kv]
+                self.drop_finished()
+                self.own_kv = [[F.pad(x, (0, 0, 0, min(stride, C - t))) for x in kv] for kv in self.own_kv]
                 advance = self.advance
             elif graphs and t % stride == 1:
                 advance = capture(self.advance)
             advance()
             if (not graphs or t % 16 == 15) and bool(self.done.all()):
                 break
-            if not graphs and t % 8 == 7:
-                self.drop_finished()
 
 def capture(advance):
     """`advance` as a CUDA graph: returns its replay. Capturing runs nothing."""

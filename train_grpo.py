@@ -8,8 +8,7 @@ writes  --output_dir  metrics.jsonl, samples.jsonl (whole rollouts), run.json, c
 One step: 1 draw prompts (`draw_steps`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
 4 advantages within the group (`group_advantages`)  5 clipped loss, + beta x k3 KL (`grpo_loss`, over the rows of
 `pack_groups`)  6 update. A prompt and its image go through the model once in the rollout and once in the loss; groups
-without an advantage are not trained on. 1 rank and 8 learn the same. Defaults are the paper's (arXiv 2503.12797), but
-beta is 0, not 0.04; both halves of the format reward can be paid; a box counts only as `parse_bbox` has it.
+without an advantage are not trained on. 1 rank and 8 learn the same. The paper's defaults (2503.12797), but for beta.
 Shapes: B prompts, G completions of each, R = B x G rows of the rollout, P prompt tokens, C completion tokens,
 T tokens of a packed row, N completion tokens in it, V vocabulary, H query heads, KV key heads, D head width.
 """
@@ -52,62 +51,64 @@ from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, Aut
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = p.add_argument
+    def add(name, default, help, **options):
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        p.add_argument(name, default=default, help=help, **kind | options)
     # fmt: off
     # model and data
-    add("--model", required=True, help="of stage 1, a Hugging Face folder or name")
-    add("--data", required=True, nargs="+", help="JSONL, or .parquet with image, problem, solution")
-    add("--image_root", help="what the rows' images are relative to (default: the folder of the row's file)")
-    add("--output_dir", required=True, help="run folder; an interrupted run is continued")
-    add("--prompt_suffix", default=R1_SUFFIX, help="behind a question (default: the paper's think and answer)")
-    add("--max_pixels", type=int, default=401408, help="pixel cap of an image (paper: 401,408)")
-    add("--max_prompt_length", type=int, default=4096, help="tokens; longer prompts are skipped, never cut")
-    add("--max_bad_rows", type=int, default=0, help="rows without a sound box or image to skip and list")
+    add("--model", "", "of stage 1, a Hugging Face folder or name", required=True)
+    add("--data", "", "JSONL, or .parquet with image, problem, solution", required=True, nargs="+")
+    add("--image_root", None, "what the rows' images are relative to (default: the folder of the row's file)", type=str)
+    add("--output_dir", "", "run folder; an interrupted run is continued", required=True)
+    add("--prompt_suffix", R1_SUFFIX, "behind a question (default: the paper's think and answer)")
+    add("--max_pixels", 401408, "pixel cap of an image (paper: 401,408)")
+    add("--max_prompt_length", 4096, "tokens; longer prompts are skipped, never cut")
+    add("--max_bad_rows", 0, "rows without a sound box or image to skip and list")
     # rollout
-    add("--num_generations", type=int, default=4, help="G, completions per prompt (paper: 4)")
-    add("--max_completion_length", type=int, default=512, help="tokens (paper: 512)")
-    add("--temperature", type=float, default=1.0, help="of the sampler and of the trained log-probs (paper: 1)")
-    add("--rollout_batch_size", type=int, default=256, help="completions decoded at once on one rank")
+    add("--num_generations", 4, "G, completions per prompt (paper: 4)")
+    add("--max_completion_length", 512, "tokens (paper: 512)")
+    add("--temperature", 1.0, "of the sampler and of the trained log-probs (paper: 1)")
+    add("--rollout_batch_size", 256, "completions decoded at once on one rank")
     # rewards
-    add("--reward_funcs", nargs="+", default=["iou", "format"], choices=[*REWARD_FUNCS], help="summed")
-    add("--reward_weights", nargs="+", type=float, help="one per reward (default: 1)")
-    add("--iou_threshold", type=float, default=0.8, help="iou pays IoU, binary pays 1, above it (released code: 0.8)")
-    add("--knowledge", help="how well entities are known: mastery.json of filter.py, or KARL's own")
-    add("--knowledge_form", choices=["advantage", "reward"], help="what it scales (default: advantage; KARL: reward)")
+    add("--reward_funcs", ["iou", "format"], "summed", nargs="+", type=str, choices=[*REWARD_FUNCS])
+    add("--reward_weights", None, "one per reward (default: 1)", nargs="+", type=float)
+    add("--iou_threshold", 0.8, "iou pays IoU, binary pays 1, above it (released code: 0.8)")
+    add("--knowledge", None, "how well entities are known: mastery.json of filter.py, or KARL's own", type=str)
+    add("--knowledge_form", "advantage", "what it scales (KARL: reward)", choices=["advantage", "reward"])
     # GRPO
-    add("--scale_rewards", default="group", choices=["group", "none", "loo"], help="/ std, mean only, leave-one-out")
-    add("--loss_type", default="grpo", choices=["grpo", "dapo", "dr_grpo"], help="mean per sequence, token, constant")
-    add("--beta", type=float, default=0.0, help="weight of the KL; 0 loads no reference model (paper: 0.04)")
-    add("--epsilon", type=float, default=0.2, help="ratio clip below 1, and above without --epsilon_high")
-    add("--epsilon_high", type=float, help="ratio clip above 1 (DAPO: 0.28)")
-    add("--num_iterations", type=int, default=1, help="updates per rollout; above 1 old = the sampler's")
+    add("--scale_rewards", "group", "/ std, mean only, leave-one-out", choices=["group", "none", "loo"])
+    add("--loss_type", "grpo", "mean per sequence, token, constant", choices=["grpo", "dapo", "dr_grpo"])
+    add("--beta", 0.0, "weight of the KL; 0 loads no reference model (paper: 0.04)")
+    add("--epsilon", 0.2, "ratio clip below 1, and above without --epsilon_high")
+    add("--epsilon_high", None, "ratio clip above 1 (DAPO: 0.28)", type=float)
+    add("--num_iterations", 1, "updates per rollout; above 1 old = the sampler's")
     # optimisation
-    add("--learning_rate", type=float, default=1e-6, help="peak (paper: 1e-6)")
-    add("--lr_scheduler", default="linear", choices=["cosine", "linear", "constant"], help="(paper: linear)")
-    add("--warmup_ratio", type=float, default=0.0, help="share of the updates")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="0 means no clipping")
-    add("--num_epochs", type=float, default=2.0, help="passes over the data (paper: 2)")
-    add("--max_steps", type=int, help="stop after this many steps instead")
-    add("--train_batch_size", type=int, default=16, help="prompts per step over all ranks (paper: 16)")
-    add("--freeze_vision", action="store_true", help="and the merger (paper: trained)")
+    add("--learning_rate", 1e-6, "peak (paper: 1e-6)")
+    add("--lr_scheduler", "linear", "(paper: linear)", choices=["cosine", "linear", "constant"])
+    add("--warmup_ratio", 0.0, "share of the updates")
+    add("--weight_decay", 0.0, "of AdamW")
+    add("--max_grad_norm", 1.0, "0 means no clipping")
+    add("--num_epochs", 2.0, "passes over the data (paper: 2)")
+    add("--max_steps", None, "stop after this many steps instead", type=int)
+    add("--train_batch_size", 16, "prompts per step over all ranks (paper: 16)")
+    add("--freeze_vision", False, "and the merger (paper: trained)")
     # engine
-    add("--tokens_per_row", type=int, default=8192, help="tokens of a pass: whole groups are packed up to it")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    add("--deepspeed", help="its settings (default: ds_config.json beside the script, else built in)")
-    add("--zero_stage", type=int, choices=[1, 2, 3], help="3 shards the weights too (default: that of --deepspeed)")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on CUDA")
+    add("--tokens_per_row", 8192, "tokens of a pass: whole groups are packed up to it")
+    add("--gradient_checkpointing", False, "less memory, a third more time")
+    add("--deepspeed", None, "its settings (default: ds_config.json beside the script, else built in)", type=str)
+    add("--zero_stage", None, "3 shards the weights too (default: as --deepspeed says)", type=int, choices=[1, 2, 3])
+    add("--dtype", "auto", "auto: bfloat16 on CUDA", choices=["auto", "bfloat16", "float32"])
     # run
-    add("--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too")
-    add("--save_steps", type=int, default=100, help="0 means no checkpoint before the end")
-    add("--save_total_limit", type=int, default=2, help="checkpoints kept")
-    add("--keep_checkpoints", action="store_true", help="also once final/ is there")
-    add("--seed", type=int, default=0, help="of the order of the rows and of the sampler")
+    add("--wandb", None, "Weights & Biases project to send the metrics to, too", type=str)
+    add("--save_steps", 100, "0 means no checkpoint before the end")
+    add("--save_total_limit", 2, "checkpoints kept")
+    add("--keep_checkpoints", False, "also once final/ is there")
+    add("--seed", 0, "of the order of the rows and of the sampler")
     # fmt: on
     args = p.parse_args(argv)
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
-    args.knowledge_form = args.knowledge and (args.knowledge_form or "advantage")
+    args.knowledge_form = args.knowledge and args.knowledge_form
     if args.num_generations < 2 or args.temperature <= 0 or len(args.reward_weights) != len(args.reward_funcs):
         p.error("want --num_generations >= 2, --temperature > 0 and one of --reward_weights per reward")
     return args
@@ -141,8 +142,19 @@ def format_reward(c, prompt, args):
     return 0.5 * bool(blocks and re.search(r"\w", blocks[1])) + 0.5 * bool(boxed)
 
 NO_TAG = r"(?:(?!</?think>|</?answer>).)"
+
+def grounded_reward(c, prompt, args, same_iou):
+    """1 where the reasoning wrote the answered box down before its conclusion, and ends at it; looks at no label."""
+    think = NAMES.sub("_", c.text.partition("<think>")[2].partition("</think>")[0])
+    listed, *end = re.split("conclusion", think, maxsplit=1, flags=re.I)
+    def agree(text):  # with the answered box, for each box in it
+        boxes = (parse_bbox(m[0], "direct", prompt["grid"]) for m in BOXES.finditer(text))
+        return [bool(b) and box_iou(b, c.bbox_1000) >= same_iou for b in boxes]
+    return float(bool(c.bbox_1000 and end) and any(agree(listed)) and agree(end[0])[-1:] == [True])
+
 REWARD_FUNCS = {"iou": iou_reward, "format": format_reward}
-REWARD_FUNCS["dense_iou"] = lambda c, prompt, args: c.iou  # for cold starts, in which the thresholded reward stays 0
+REWARD_FUNCS |= {f"grounded_{iou}": partial(grounded_reward, same_iou=iou) for iou in (0.7, 0.9)}
+REWARD_FUNCS["dense_iou"] = lambda c, prompt, args: c.iou  # for cold starts, in which the thresholded one stays 0
 REWARD_FUNCS["binary"] = lambda c, prompt, args: float(c.iou > args.iou_threshold)  # ablation
 
 # KARL (v3 of the paper): what the model knows less of is pulled up more and punished less
@@ -327,33 +339,20 @@ def main():
 def pack_groups(groups, device, reuse_features=False):
     """Prompts, each followed by its completions, in one row of T tokens without padding. A completion sees its prompt
     and itself, and its positions go on where the prompt ends, as if it stood alone behind it."""
-    ids, positions, at, spans, seen = [], [], [], [], []  # spans: numbers of tokens; seen: for each, which tokens
+    ids, positions, at, queries, keys = [], [], [], [], []  # of each prompt, each completion: its tokens, those it sees
     for g in groups:
         prompt, after = range(len(ids), len(ids) + len(g["prompt_ids"])), int(g["position_ids"][0, -1]) + 1
-        ids, positions, seen = ids + g["prompt_ids"], [*positions, g["position_ids"]], [*seen, prompt]
-        spans.append([len(prompt), *(len(c.ids) for c in g["completions"])])
+        ids, positions = ids + g["prompt_ids"], [*positions, g["position_ids"]]
+        queries, keys = [*queries, prompt], [*keys, prompt]
         for c in g["completions"]:
             own = range(len(ids), len(ids) + len(c.ids))
-            at += [prompt[-1], *own[:-1]]
-            ids += c.ids
+            ids, at = ids + c.ids, [*at, prompt[-1], *own[:-1]]
             positions.append(torch.arange(after, after + len(own)).expand(3, -1))
-            seen.append([*prompt, *own])
-    sizes, keys = ([*chain(*spans)], [*map(len, seen)]), torch.tensor([*chain(*seen)], device=device)
-    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in sizes]
-    def attend(layer, query, key, value, scaling):  # as `attend_sequences`
-        if query.is_cuda and query.dtype != torch.float32:  # one call; its causal masks start in the lower right corner
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-            options = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
-            return varlen_attn(q, k[keys], v[keys], *ends, *map(max, sizes), **options)[None]
-        sdpa, out = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True), []
-        parts = zip(*(x.split(sizes[0], 2) for x in (query, key, value)), strict=True)  # of one concatenated gradient
-        for P, *lengths in spans:
-            q, prompt_k, prompt_v = next(parts)
-            out.append(sdpa(q, prompt_k, prompt_v, is_causal=True))
-            for n, (q, k, v) in zip(lengths, parts, strict=False):  # which ends before it takes a part too many
-                mask = torch.ones(n, P + n, dtype=torch.bool, device=q.device).tril(P)
-                out.append(sdpa(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), attn_mask=mask))
-        return torch.cat([o.transpose(1, 2) for o in out], 1)
+            queries, keys = [*queries, own], [*keys, [*prompt, *own]]
+    seen, lengths = torch.tensor([*chain(*keys)], device=device), [[*map(len, x)] for x in (queries, keys)]
+    spans = [(torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device), max(n)) for n in lengths]
+    def attend(layer, query, key, value, scaling):
+        return attend_sequences(query, key[:, :, seen], value[:, :, seen], scaling, *spans)
     return SimpleNamespace(
         input_ids=torch.tensor([ids], device=device),  # (1, T)
         position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
@@ -518,12 +517,9 @@ def chat_inputs(processors, image, text):
     """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
     pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
     (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
-    if style.pixels and BOX.search(text):
-        raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
-    _, rows, columns = vision["image_grid_thw"][0].tolist()
-    grid = (columns * p.patch_size, rows * p.patch_size) if style.pixels else (1000, 1000)
-    rows, columns = rows // p.merge_size, columns // p.merge_size
+    _, rows, columns = (vision["image_grid_thw"][0] // p.merge_size).tolist()
+    grid = tuple(n * p.merge_size * p.patch_size for n in (columns, rows)) if style.pixels else (1000, 1000)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
@@ -571,18 +567,23 @@ def packed_flash(module, query, key, value, attention_mask, scaling, attend=None
     """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
-    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
+    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, spans, causal=False), None
 
-def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
-    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=True):
+    """Attention within sequences that lie end to end. Spans: their ends, int32, from 0 on, and the longest; keys may be
+    more, whose last the last query sees. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
+    (ends, longest), (key_ends, longest_key) = spans, key_spans or spans
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
-        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
-    parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
-    attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
+        options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
+        options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
+        return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
+    sizes = [x.diff().tolist() for x in (ends, key_ends, key_ends)]
+    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
+    def attend(q, k, v):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
 def embed_images(model, row):
@@ -593,10 +594,12 @@ def embed_images(model, row):
 
 def hidden_states(model, row):
     """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
-    first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
-    images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
-    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
+    first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
+    seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
+    inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
+    options = {"visual_pos_masks": seen, "deepstack_visual_embeds": rest} if rest else {}
+    options |= {"position_ids": row.position_ids, "attend": row.attend, "use_cache": False}
+    return model.model.language_model(inputs_embeds=inputs, **options).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:rollout (copy of eval_kvg.py)
@@ -606,7 +609,7 @@ BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 class Rollout:
     """G completions of each of B prompts, decoded as R = B x G rows, those of a prompt side by side. Prompts and images
     go through the model once, in one packed row; then one token of all rows at a time. On the device: per layer
-    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv (2, R, KV, W, D), W grows; behind (B, P), the padding;
+    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding;
     logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
     Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
@@ -618,7 +621,7 @@ class Rollout:
             kv = torch.cat([key, value]).transpose(0, 2).split(lengths)
             kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
             self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
-            return attend_sequences(query, key, value, scaling, ends, P)
+            return attend_sequences(query, key, value, scaling, (ends, P))
         row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
         row = SimpleNamespace(**row, attend=attend)
         row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
@@ -628,7 +631,7 @@ class Rollout:
             p["image_features"] = features
         last = ends[1:].long() - 1
         self.logits = model.lm_head(hidden_states(model, row)[last]).float().repeat_interleave(G, 0)
-        self.own_kv = [kv[:, :, :, :0].repeat_interleave(G, 1) for kv in self.prompt_kv]
+        self.own_kv = [[x[:, :, None, :0].repeat_interleave(G, 2) for x in kv] for kv in self.prompt_kv]
         self.behind = torch.arange(P, device=device) >= ends.diff()[:, None]
         self.position = (row.position_ids[0, 0, last] + 1).repeat_interleave(G)
         self.slot, self.step = torch.arange(B * G, device=device), torch.zeros(1, dtype=torch.long, device=device)
@@ -640,16 +643,17 @@ class Rollout:
 
     def advance(self):
         """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
-        logp = (self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)).log_softmax(-1)
-        token = logp.argmax(-1)
+        logits = self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)
+        token, probs = logits.argmax(-1), logits.softmax(-1)
         if self.temperature:
-            cdf, draw = logp.exp().cumsum(-1), self.draws[self.slot, self.step][:, None]
+            cdf, draw = probs.cumsum(-1), self.draws[self.slot, self.step][:, None]
             token = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
         self.tokens[self.slot, self.step] = torch.where(self.done, -1, token)
-        self.logps[self.slot, self.step] = logp.gather(1, token[:, None])[:, 0]
+        self.logps[self.slot, self.step] = probs.gather(1, token[:, None])[:, 0].log()
         self.done |= torch.isin(token, self.stop)
-        future = torch.arange(self.own_kv[0].shape[3], device=token.device) > self.step
-        self.unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)[:, None, None]
+        future = torch.arange(self.own_kv[0][0].shape[3], device=token.device) > self.step
+        unseen = torch.cat([self.behind, future.expand(len(self.behind), -1)], 1)
+        self.bias = torch.where(unseen, -torch.inf, 0.0)[:, None, None]
         inputs = {"inputs_embeds": self.model.get_input_embeddings()(token)[:, None], "use_cache": False}
         inputs["position_ids"] = self.position.expand(3, 1, -1).transpose(1, 2)
         hidden = self.model.model.language_model(**inputs, attend=self.attend).last_hidden_state
@@ -660,20 +664,20 @@ class Rollout:
     def attend(self, layer, query, key, value, scaling):
         """Of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
         softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
-        self.own_kv[layer].index_copy_(3, self.step, torch.stack([key, value]))
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt_kv[layer], self.own_kv[layer]
-        (B, KV, P, D), R = prompt_k.shape, len(query)
+        B, KV, G, W, D = own_k.shape
+        def by_prompt(x):  # (R, KV x n, 1, D) -> (B, KV, G, n, D)
+            return x.view(B, G, KV, -1, D).transpose(1, 2)
+        own_k.index_copy_(3, self.step, by_prompt(key))
+        own_v.index_copy_(3, self.step, by_prompt(value))
         exact = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
         def scores(q, k):
-            return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **exact).unflatten(0, k.shape[:2])
-        def by_prompt(x):  # (R, KV, query heads per key head, any) -> (B, KV, those of all rows of the prompt, any)
-            return x.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
-        def by_row(x):  # and back
-            return x.unflatten(2, (R // B, -1)).transpose(1, 2).flatten(0, 1)
-        q = (query * scaling).view(R, KV, -1, D)
-        weights = torch.cat([scores(by_prompt(q), prompt_k), by_prompt(scores(q, own_k))], -1)
-        weights = weights.masked_fill(self.unseen, -torch.inf).softmax(-1).to(q.dtype)
-        return (by_row(weights[..., :P] @ prompt_v) + by_row(weights[..., P:]) @ own_v).reshape(R, 1, -1, D)
+            return torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, **exact).view(B, KV, -1, k.shape[-2])
+        q = by_prompt(query * scaling).contiguous()
+        weights = torch.cat([scores(q.flatten(2, 3), prompt_k), scores(q, own_k)], -1).add_(self.bias)
+        weights = weights.softmax(-1).to(q.dtype)
+        out = (weights[..., :-W] @ prompt_v).view(q.shape) + weights[..., -W:].unflatten(2, (G, -1)) @ own_v
+        return out.transpose(1, 2).reshape(len(query), 1, -1, D)
 
     def drop_finished(self):
         """Leaves behind the groups that are done, and rows of the others down to what the fullest still needs."""
@@ -685,22 +689,22 @@ class Rollout:
         keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
         for name, kept in {"position": keep, "logits": keep, "done": keep, "slot": keep, "behind": groups}.items():
             setattr(self, name, getattr(self, name)[kept])
-        self.own_kv, self.prompt_kv = [x[:, keep] for x in self.own_kv], [x[:, groups] for x in self.prompt_kv]
+        self.prompt_kv = [x[:, groups] for x in self.prompt_kv]
+        self.own_kv = [[x[groups[:, None], :, first].transpose(1, 2) for x in kv] for kv in self.own_kv]
 
     def decode(self, graphs):
-        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, no row moves, `done` is read at times."""
-        C, advance, stride = self.tokens.shape[1], self.advance, 256 if graphs else 32
+        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, and `done` is read at times."""
+        C, stride = self.tokens.shape[1], 256 if graphs else 16
         for t in range(C):
             if t % stride == 0:  # room for more tokens; the pass after it is also the warm-up that a capture needs
-                self.own_kv = [F.pad(x, (0, 0, 0, min(stride, C - t))) for x in self.own_kv]
+                self.drop_finished()
+                self.own_kv = [[F.pad(x, (0, 0, 0, min(stride, C - t))) for x in kv] for kv in self.own_kv]
                 advance = self.advance
             elif graphs and t % stride == 1:
                 advance = capture(self.advance)
             advance()
             if (not graphs or t % 16 == 15) and bool(self.done.all()):
                 break
-            if not graphs and t % 8 == 7:
-                self.drop_finished()
 
 def capture(advance):
     """`advance` as a CUDA graph: returns its replay. Capturing runs nothing."""
@@ -722,7 +726,6 @@ def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature
 # >>> shared:engine (copy of train_sft.py)
 DS_CONFIG = """{"zero_optimization": {"stage": 2, "overlap_comm": true, "contiguous_gradients": true,
     "reduce_bucket_size": 560000000, "allgather_bucket_size": 560000000}, "steps_per_print": 1000000000}"""
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "4090": 165e12}  # bf16
 
 def usable(samples, bad, num_tokens, most_tokens, args):
     """(samples of up to `most_tokens`, how many of them the run takes, its steps); for bad ones num_tokens raises"""
@@ -831,8 +834,6 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
     row["mem_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
     row |= {f"time/{phase}": s for phase, s in times.items()} | {"step_time": seconds}
     row["train_tokens_per_second"] = row_tokens / times["train"]  # of this rank
-    if peak := next((v for card, v in PEAK_FLOPS.items() if cuda and card in torch.cuda.get_device_name()), None):
-        row["mfu"] = 6 * sum(p.numel() for p in engine.parameters()) * row["train_tokens_per_second"] / peak
     if engine.global_rank == 0:
         for name, lines in (("metrics", [row]), ("samples", completions)):
             with open(out / f"{name}.jsonl", "a", encoding="utf-8") as f:
@@ -880,9 +881,8 @@ def resume(engine, out, args):
         state = json.loads((folder / "state.json").read_bytes())
         tag = engine._config.load_universal_checkpoint = state["ranks"] != ranks and "universal"
         if tag and not (folder / tag).exists():
-            make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder"
-            make = f"want as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
-            raise InputError(f"{folder}: saved by {state['ranks']} ranks; {make}")
+            make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder engine"
+            raise InputError(f"want {state['ranks']} ranks, or: cd {folder} && {make} --output_folder {tag}")
         engine.load_checkpoint(str(folder), tag=tag or "engine")
         print0(f"goes on from {folder}")
     for log in out.glob("*s.jsonl") if engine.global_rank == 0 else ():  # metrics, samples

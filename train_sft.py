@@ -118,7 +118,7 @@ def model_text(text, style, grid):
 def pack_sequences(items, device):
     """Items of `encode` end to end in one row of T tokens, each a causal sequence of its own; no padding."""
     sizes, positions, at = [x["num_tokens"] for x in items], [], []
-    ends, longest = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
+    spans = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device), max(sizes)
     for x, end in zip(items, accumulate(sizes), strict=True):
         C, after = len(x["completion_ids"]), int(x["position_ids"][0, -1]) + 1
         positions += [x["position_ids"], torch.arange(after, after + C).expand(3, -1)]
@@ -130,7 +130,7 @@ def pack_sequences(items, device):
         targets=torch.tensor([i for x in items for i in x["completion_ids"]], device=device),  # (N,), that token
         **{k: torch.cat([x[k] for x in items]).to(device) for k in ("pixel_values", "image_grid_thw")},
         image_features=None,
-        attend=lambda layer, *args: attend_sequences(*args, ends, longest),
+        attend=lambda layer, *args: attend_sequences(*args, spans),
     )
 
 def main():
@@ -298,12 +298,9 @@ def chat_inputs(processors, image, text):
     """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
     pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
     (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
-    if style.pixels and BOX.search(text):
-        raise ValueError(f"{text!r}: a box in the question; want none for a model that counts in pixels")
     vision = p(images=[load_image(image)], return_tensors="pt")
-    _, rows, columns = vision["image_grid_thw"][0].tolist()
-    grid = (columns * p.patch_size, rows * p.patch_size) if style.pixels else (1000, 1000)
-    rows, columns = rows // p.merge_size, columns // p.merge_size
+    _, rows, columns = (vision["image_grid_thw"][0] // p.merge_size).tolist()
+    grid = tuple(n * p.merge_size * p.patch_size for n in (columns, rows)) if style.pixels else (1000, 1000)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
@@ -351,18 +348,23 @@ def packed_flash(module, query, key, value, attention_mask, scaling, attend=None
     """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    sizes = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
-    return attend_sequences(query, key, value, scaling, *sizes, causal=False), None
+    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    return attend_sequences(query, key, value, scaling, spans, causal=False), None
 
-def attend_sequences(query, key, value, scaling, ends, longest, causal=True):
-    """Attention within sequences that lie end to end; `ends`: int32, from 0 on.
-    Shapes: query (1, H, T, D), key, value (1, KV, T, D) -> (1, T, H, D)."""
+def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=True):
+    """Attention within sequences that lie end to end. Spans: their ends, int32, from 0 on, and the longest; keys may be
+    more, whose last the last query sees. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
+    (ends, longest), (key_ends, longest_key) = spans, key_spans or spans
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        options = {"scale": scaling, "window_size": (-1, 0 if causal else -1), "enable_gqa": True}
-        return varlen_attn(q, k, v, ends, ends, longest, longest, **options)[None]
-    parts = zip(*(x.split(ends.diff().tolist(), 2) for x in (query, key, value)), strict=True)
-    attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
+        options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
+        options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
+        return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
+    sizes = [x.diff().tolist() for x in (ends, key_ends, key_ends)]
+    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
+    def attend(q, k, v):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
 def embed_images(model, row):
@@ -373,16 +375,17 @@ def embed_images(model, row):
 
 def hidden_states(model, row):
     """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
-    first, *rest = zip(*(row.image_features or embed_images(model, row)), strict=True)
-    images = {"image": SimpleNamespace(pooler_output=first, deepstack_features=rest)}
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "attend": row.attend}
-    return model.model(**inputs, mm_encoder_outputs=images, use_cache=False).last_hidden_state[0]
+    first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
+    seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
+    inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
+    options = {"visual_pos_masks": seen, "deepstack_visual_embeds": rest} if rest else {}
+    options |= {"position_ids": row.position_ids, "attend": row.attend, "use_cache": False}
+    return model.model.language_model(inputs_embeds=inputs, **options).last_hidden_state[0]
 # <<< shared:model
 
 # >>> shared:engine (source)
 DS_CONFIG = """{"zero_optimization": {"stage": 2, "overlap_comm": true, "contiguous_gradients": true,
     "reduce_bucket_size": 560000000, "allgather_bucket_size": 560000000}, "steps_per_print": 1000000000}"""
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12, "4090": 165e12}  # bf16
 
 def usable(samples, bad, num_tokens, most_tokens, args):
     """(samples of up to `most_tokens`, how many of them the run takes, its steps); for bad ones num_tokens raises"""
@@ -491,8 +494,6 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
     row["mem_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
     row |= {f"time/{phase}": s for phase, s in times.items()} | {"step_time": seconds}
     row["train_tokens_per_second"] = row_tokens / times["train"]  # of this rank
-    if peak := next((v for card, v in PEAK_FLOPS.items() if cuda and card in torch.cuda.get_device_name()), None):
-        row["mfu"] = 6 * sum(p.numel() for p in engine.parameters()) * row["train_tokens_per_second"] / peak
     if engine.global_rank == 0:
         for name, lines in (("metrics", [row]), ("samples", completions)):
             with open(out / f"{name}.jsonl", "a", encoding="utf-8") as f:
@@ -540,9 +541,8 @@ def resume(engine, out, args):
         state = json.loads((folder / "state.json").read_bytes())
         tag = engine._config.load_universal_checkpoint = state["ranks"] != ranks and "universal"
         if tag and not (folder / tag).exists():
-            make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder"
-            make = f"want as many, or: {make} {folder}/engine --output_folder {folder}/{tag}"
-            raise InputError(f"{folder}: saved by {state['ranks']} ranks; {make}")
+            make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder engine"
+            raise InputError(f"want {state['ranks']} ranks, or: cd {folder} && {make} --output_folder {tag}")
         engine.load_checkpoint(str(folder), tag=tag or "engine")
         print0(f"goes on from {folder}")
     for log in out.glob("*s.jsonl") if engine.global_rank == 0 else ():  # metrics, samples

@@ -143,7 +143,8 @@ def kernels(folder):
     for p in prompts:
         p["completions"] = [SimpleNamespace(ids=torch.randint(3, 500, (n,)).tolist()) for n in (1, 7, 300)]
     T = (packed := g.pack_groups(prompts, DEVICE)).input_ids.numel()
-    parts = partial(g.attend_sequences, ends=torch.tensor([0, T // 3, T], dtype=torch.int32, device=DEVICE), longest=T)
+    spans = torch.tensor([0, T // 3, T], dtype=torch.int32, device=DEVICE), T - T // 3
+    parts = partial(g.attend_sequences, spans=spans)
     cases = {"the row": (partial(packed.attend, 0), 28, 4, 128), "attend_sequences": (parts, 28, 4, 128),
              "attend_sequences, tower": (partial(parts, causal=False), 16, 16, 80)}  # fmt: skip
     for name, (attend, heads, key_heads, width) in cases.items():

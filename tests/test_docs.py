@@ -60,7 +60,7 @@ def test_files_and_names_exist(text):
 
 
 def test_the_algorithm_is_told_by_functions_of_train_grpo():
-    names = dict(defined(CODE["train_grpo.py"])).keys() | {"iou", "format", "dense_iou", "binary"}
+    names = dict(defined(CODE["train_grpo.py"])).keys() | {"iou", "format", "dense_iou", "binary", "grounded_0.7"}
     told = {code for code in inline(SECTIONS["GRPO as executed"]) if not code.startswith(("--", "<"))}
     assert told <= names and len(told) >= 12 and len(shown := re.findall(r"^# .*?: (\w+)", CHANGES, re.M)) == 6
     assert {*shown} <= names

@@ -1,8 +1,7 @@
-"""What the reward `grounded` of tests/toy/grounded.py is paid for, and with what it can be cheated."""
+"""What the reward `grounded` is paid for, and with what it can be cheated."""
 
 from types import SimpleNamespace
 
-import grounded
 import pytest
 
 import train_grpo as g
@@ -66,4 +65,4 @@ def test_grounded_pays_for_boxes_that_the_reasoning_wrote_down_and_for_nothing_e
 def test_grounded_counts_in_the_pixels_of_a_family_that_does():
     text = chain("a red disc (28,14),(140,70)", "(28,14),(140,70)", '{"bbox_2d": [28, 14, 140, 70], "label": "Lo"}')
     c = g.Completion([], None, True, text, g.parse_bbox(text, grid=(280, 140)))
-    assert grounded.grounded_reward(c, {"grid": (280, 140)}, None, same_iou=0.9) == 1
+    assert g.grounded_reward(c, {"grid": (280, 140)}, None, same_iou=0.9) == 1

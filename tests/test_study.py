@@ -5,7 +5,6 @@ import json
 import os
 import re
 
-import grounded  # noqa: F401, adds its rewards
 import pytest
 import study
 import toy_world as world
@@ -25,7 +24,6 @@ def jobs():
 def test_every_command_is_one_that_its_script_takes(jobs):
     for name, command in jobs.items():
         script, *flags = command.split()
-        script = "train_grpo.py" if script == "tests/toy/grounded.py" else script
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]

@@ -296,8 +296,8 @@ def saved_bytes(call, *known):
 def plan_attention(module, query, key, value, attention_mask, scaling=None, keys=slice(None), **kwargs):
     """Keeps what the CUDA kernel keeps. `keys`: indices of the decoder's keys, those of a prompt once a completion."""
     (q, k, v), ends = (x[0].transpose(0, 1) for x in (query, key, value)), query.new_empty(2, dtype=torch.int32)
-    k, v = k[keys], v[keys]
-    return varlen_attn(q, k, v, ends, ends, len(q), len(k), enable_gqa=True)[None], None
+    gqa = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
+    return varlen_attn(q, k[keys], v[keys], ends, ends, len(q), len(k), **gqa)[None], None
 
 
 @cache

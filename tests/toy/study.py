@@ -74,7 +74,7 @@ def jobs_of(seed, part):
 
     def add(name, command, seed=seed):
         seeded = "" if command.startswith("filter") else f" --seed {seed}"
-        out = "--output_dir" if command.startswith(("train", "tests/toy/grounded")) else "--out"
+        out = "--output_dir" if command.startswith("train") else "--out"
         jobs[name] = f"{command} {out} @/{name}{seeded}"
 
     def evaluate(model):
@@ -88,8 +88,7 @@ def jobs_of(seed, part):
 
     def grpo(name, tag="", flags="", rows="filter"):
         rows = f"@/{rows}{tag}/samples.jsonl"
-        script = "tests/toy/grounded.py" if "grounded" in flags else "train_grpo.py"
-        add(name, f"{script} --model @/cot_sft{tag}/final --data {rows} {GRPO} {flags}")
+        add(name, f"train_grpo.py --model @/cot_sft{tag}/final --data {rows} {GRPO} {flags}")
         evaluate(name)
 
     def chains(name, rows, errors):
