@@ -18,23 +18,19 @@ ANSWER = f"<|object_ref_start|>Lo<|object_ref_end|><|box_start|>{BOX}<|box_end|>
 THINK = f"Planning: Lo is red, nothing else is.\nI see two objects here and compare them with care.\nLo is at {BOX}."
 ARGS = f.parse_args(["--stage", "cot", "--samples", "x", "--out", "y", "--max_words", "60"])
 
-
 def row(think=THINK, answer=ANSWER, text=None, image="a.png", **more):
     text = f"<think>\n{think}\n</think> <answer>{answer}</answer>" if text is None else text
     said = [("user", "<image>Find <|object_ref_start|>Lo<|object_ref_end|>"), ("assistant", text)]
     return {"images": [image], "answer": ANSWER, "messages": [{"role": r, "content": c} for r, c in said]} | more
 
-
 def read(path):
     return json.loads(path.read_text()) if path.suffix == ".json" else list(map(json.loads, open(path)))
-
 
 def run(stage, out, **flags):
     with pytest.MonkeyPatch.context() as patch:
         flags = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
         patch.setattr(sys, "argv", ["filter.py", "--stage", stage, "--out", str(out), *flags])
         f.main()
-
 
 @pytest.mark.parametrize("bad, rule", [
     *[(bad, "not one <think>") for bad in (row(text=f"Lo is at {BOX}"), row(THINK + "</think><think>"))],
@@ -51,7 +47,6 @@ def run(stage, out, **flags):
 def test_each_rule_rejects_its_own_chain(bad, rule):
     assert f.broken_row(bad, Counter(), ARGS).startswith(rule)
 
-
 def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_folder(tmp_path):
     """ShareGPT rows without answer, entities, id; Qwen's tokens in the reasoning; absolute paths and --image_root."""
     think = THINK.replace("two objects", "<|object_ref_start|>Porsche 911 (901, 930, 964, 993)<|object_ref_end|>")
@@ -66,14 +61,11 @@ def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_
         assert os.path.normpath(tmp_path / "o/k" / r["images"][0]) == str(pictures / name) and "image" not in r
     assert kept[1]["images"] == [str(pictures / "b")]
 
-
 IOUS = {"none": [0, 0.49, 0, 0], "one": [0.5, 0, 0, 0.1], "three": [0.5, 0.8, 0.79, 0.2], "all": [0.5, 0.9, 1, 0.7]}
-
 
 def predictions(path, **more):
     return write(path, [{"question_id": q, "sample": k, "entity": "A" if q in ("none", "one") else "B", "iou": iou}
                         for q, ious in (IOUS | more).items() for k, iou in enumerate(ious)])  # fmt: skip
-
 
 def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
     files = {"samples": write(tmp_path / "s", [row(id=q) for q in IOUS]), "predictions": predictions(tmp_path / "p")}
@@ -89,14 +81,12 @@ def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
         run("grpo", tmp_path, **files, **flags)
         assert [r["id"] for r in read(tmp_path / "samples.jsonl")] == want
 
-
 def test_mastery_is_the_share_of_choices_that_are_right(tmp_path):
     said = [("A", True), ("A", True), ("B", True), ("B", False), ("C", False)]
     rows = [{"question_id": i, "options": ["A", "B", "C"], "answer": e, "correct": c} for i, (e, c) in enumerate(said)]
     run("mastery", tmp_path, predictions=write(tmp_path / "p", [*rows, {"question_id": 9, "entity": "Z", "iou": 0.3}]))
     found = {e: (m["mastery"], m["n"]) for e, m in read(tmp_path / "mastery.json").items()}
     assert found == {"A": (1, 2), "B": (0.5, 2), "C": (0, 1)}
-
 
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     rows = [row(THINK.replace("two", f"{i}"), id=i) for i in range(9000)]
@@ -111,7 +101,6 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     for name in ("samples.jsonl", "rejected.jsonl", "stats.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
-
 @pytest.mark.parametrize("stage, rows, words", [
     ("cot", [], "0 rows; want some"),
     ("cot", [row(id=1), row(id="1")], "2 rows; want some, and no id twice"),
@@ -125,7 +114,6 @@ def test_bad_input_is_one_clear_line(stage, rows, words, tmp_path):
     with pytest.raises(f.InputError) as error:
         run(stage, tmp_path / "o", samples=write(tmp_path / "s.jsonl", rows), **more)
     assert words in str(error.value) and "\n" not in str(error.value)
-
 
 def test_without_torch_the_data_scripts_are_imported_and_print_their_help_in_half_a_second():
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import filter, gen_cot, synth_data"

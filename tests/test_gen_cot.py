@@ -43,12 +43,10 @@ LAST = "(12,20),(300,400)"
 ARGS = gen_cot.parse_args(["--samples", "x", "--out", "y", "--knowledge", "z"])
 read = gen_cot.read_jsonl
 
-
 def start(samples, out, *flags):
     command = [sys.executable, ROOT / "gen_cot.py", "--samples", samples, "--out", out, *flags]
     env = os.environ | {"NO_PROXY": "*"}
     return subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=-1, stderr=-1)
-
 
 def cot(*command, check=True):
     """What a whole run said; it fails, if at all, with one line."""
@@ -56,7 +54,6 @@ def cot(*command, check=True):
     out, err = run.communicate()
     assert "Traceback" not in err and (run.returncode == 0) == check, err
     return out + err
-
 
 # ---- the table ----
 def test_the_chain_of_a_hand_written_row_is_exact_and_the_shortest_is_long_enough():
@@ -66,7 +63,6 @@ def test_the_chain_of_a_hand_written_row_is_exact_and_the_shortest_is_long_enoug
         assert gen_cot.judge(chain, False, ROW, ARGS) == (chain, None)
     assert gen_cot.knowledge_cot(ROW, {k: v for k, v in TABLE.items() if k != "Ra"})[1] == "unknown entity: Ra"
     assert gen_cot.knowledge_cot(ROW, TABLE | {"Mi": TABLE["Ra"]})[1].startswith("same description")
-
 
 def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(world_dir, synth_dir, tmp_path):
     table, source = json.loads((world_dir / "knowledge.json").read_text()), read(synth_dir / "samples.jsonl")
@@ -92,7 +88,6 @@ def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(wor
     write(tmp_path / "table.json", [table | {"Nobody": {"description": "a grey disc"}}])
     assert "'knowledge_md5'" in cot(synth_dir / "samples.jsonl", out, *flags, check=False)
 
-
 # ---- rules ----
 @pytest.mark.parametrize("rule, text", [
     *[("headings", text) for text in ("", FINE.replace("## Visual Analysis", "## Looks"), "Sure, here it is.\n" + FINE,
@@ -112,7 +107,6 @@ def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(wor
 ])  # fmt: skip
 def test_each_rule_rejects_its_text(rule, text):
     assert gen_cot.judge(text, False, ROW, ARGS)[1].split(":")[0] == rule
-
 
 def test_what_is_accepted_passes_the_filter():
     """The case of the name, 601 to 800 words, a bullet that is true of every look-alike, a name that is like a box."""
@@ -135,7 +129,6 @@ def test_what_is_accepted_passes_the_filter():
     assert gen_cot.judge(tokens, False, ROW, ARGS) == (FINE, None)
     assert gen_cot.judge(FINE, True, ROW, ARGS)[1] == "cut off: ran into --max_completion_length"
 
-
 def test_a_box_in_a_chain_is_written_as_in_an_answer_and_the_prompt_tells_all():
     prompt = gen_cot.teacher_prompt(ROW)
     assert "Mi (500,600),(700,900), Lo (10,20),(300,400), Ra (400,100),(600,500)." in prompt
@@ -143,7 +136,6 @@ def test_a_box_in_a_chain_is_written_as_in_an_answer_and_the_prompt_tells_all():
     ours, theirs = inspect.getsource(gen_cot), (ROOT / "eval_kvg.py").read_text()
     lines = re.findall(r"^(?:NUMBER|POINT, FOUR|BOXES|NAMES|PAIRS) = .*\n", ours, re.M)
     assert len(lines) == 5 and all(part in theirs for part in (*lines, inspect.getsource(gen_cot.box_iou)))
-
 
 @pytest.mark.parametrize("words, rows", [
     ("s.jsonl:1 (a): no question; want images,", [{k: v for k, v in ROW.items() if k != "question"}]),
@@ -160,7 +152,6 @@ def test_bad_rows_and_tables_are_one_clear_line(words, rows, tmp_path):
     samples, table = write(tmp_path / "s.jsonl", rows), write(tmp_path / "k", [{"Lo": 1}])
     said = cot(samples, tmp_path / "o", "--knowledge", table, check=False)
     assert words in said and said.count("\n") == 1
-
 
 # ---- a server with faults ----
 class Teacher(BaseHTTPRequestHandler):
@@ -199,7 +190,6 @@ class Teacher(BaseHTTPRequestHandler):
 
     log_message = lambda self, *args: None  # noqa: E731
 
-
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
@@ -212,7 +202,6 @@ def server():
     server.shutdown()
     server.server_close()
 
-
 @pytest.fixture
 def many(tmp_path):  # 90 rows, each with a target of its own name
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
@@ -220,11 +209,9 @@ def many(tmp_path):  # 90 rows, each with a target of its own name
                    "answer": ANSWER.replace("Lo", f"Lo {i}")} for i in range(90)]  # fmt: skip
     return write(tmp_path / "samples.jsonl", rows)
 
-
 ALWAYS_BAD = (["garbage"] * 99, [400] * 99)
 FAULTS = [[429], [500], [503], ["slow"], ["garbage", "garbage"], ["drop"], ["half a body"], ["half a JSON"], ["page"],
           ["no choices"], ["drop", "garbage", 408], *ALWAYS_BAD, []]  # fmt: skip
-
 
 def test_rows_through_every_fault_and_a_kill_are_each_finished_once(many, tmp_path, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
@@ -251,7 +238,6 @@ def test_rows_through_every_fault_and_a_kill_are_each_finished_once(many, tmp_pa
     assert len(kept) <= server.counts[None] <= len(kept) + 8  # what was saved is not asked again
     written = "".join(p.read_text() for p in out.glob("*.json*"))
     assert server.keys == {"Bearer from-the-environment"} and "from-the-environment" not in written
-
 
 def test_a_row_is_at_fault_if_others_are_answered_else_the_server(many, tmp_path, server):
     """It fails on one row, refuses every row, is absent, quits: the last three end in one line, no row is lost."""

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -17,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 import eval_kvg as e
 
 QUESTION, ANSWER = e.QUESTION.format("Lo"), e.ANSWER.format("Lo", 10, 20, 300, 400)
-ENTITIES = [{"entity": name, "bbox_px": [1, 2, 30, 40], "bbox_1000": [10, 20, 300, 400]} for name in ("Lo", "Mi")]
-ROW = {"images": ["a.png"], "question": QUESTION, "answer": ANSWER, "entities": ENTITIES, "target": 0}
+LO = {"entity": "Lo", "bbox_px": [1, 2, 30, 40], "bbox_1000": [10, 20, 300, 400]}
+ROW = {"images": ["a.png"], "question": QUESTION, "answer": ANSWER, "target": 0, "entities": [LO, LO | {"entity": "Mi"}]}
 ROW["messages"] = [{"role": "user", "content": "<image>" + QUESTION}, {"role": "assistant", "content": ANSWER}]
 SOURCE = {"image": "a.png", "entity": "Lo", "category": "car", "bbox_px": [0, 0, 9, 9]}
 NAN, SWAPPED = float("nan"), ANSWER.replace("(10", "(310")
@@ -27,6 +28,9 @@ def rows(**change):
     """s.jsonl of two samples, of which "b" has changes, or lacks what is None."""
     return [ROW | {"id": "a"}, {k: v for k, v in (ROW | {"id": "b"} | change).items() if v is not None}]
 
+def sources(**change):
+    return [SOURCE, SOURCE | change]
+
 COMMANDS = {
     "synth_data": "--source s.jsonl --out out --num_workers 1 --num_samples 1 --max_bad_rows 0",
     "gen_cot": "--samples s.jsonl --knowledge k.json --out out",
@@ -34,67 +38,68 @@ COMMANDS = {
     "eval_kvg": "--bench s.jsonl --model {tiny} --out out",
     "train_sft": "--model {tiny} --data s.jsonl --output_dir out",
     "train_grpo": "--model {tiny} --data s.jsonl --output_dir out",
+    "rows": "--source s.jsonl --out out",
 }
 MESSAGES = [  # script, more flags, s.jsonl as rows or text, a line that it prints
-    # a flag out of range
     ("synth_data", "--min_entities 7", [], "error: want 2 <= --min_entities <= --max_entities <= 6"),
     ("filter", "--stage grpo", [], "error: want --samples for cot and grpo, --predictions for grpo and mastery"),
     ("eval_kvg", "--predictions p.jsonl", [], "error: want one of --model and --predictions"),
-    ("train_sft", "--zero_stage 4", [], "error: argument --zero_stage: invalid choice: 4"),
-    ("train_grpo", "--num_generations 1", [], "error: want --num_generations >= 2"),
-    # a missing file
     ("train_grpo", "", None, "No such file or directory: 's.jsonl'"),
-    # broken JSON
     ("synth_data", "", json.dumps(SOURCE) + "\n[3]\n", r"s.jsonl:2: b'\[3\]'; want one JSON object a line"),
     ("filter", "", '{"id": "É"}', "s.jsonl:1: b'.*'; want one JSON object a line"),
-    ("train_sft", "--data s.json", '[{"messages":', "s.json: .*; want"),
-    # a missing column
-    ("synth_data", "", [SOURCE, SOURCE | {"entity": None}], r"s.jsonl:2: .*, entity \[.*, None\]; want texts"),
+    ("train_sft", "--data s.json", '[{"messages":', "s.json: .*; want a JSON list"),
     ("gen_cot", "", rows(target=None), r"s.jsonl:2 \(b\): no target; want images, entities, target, question, answer"),
+    ("filter", "", rows(messages=ROW["messages"][:1]), r"s.jsonl:2: \['images', .*\]; want images, and messages"),
+    ("filter", "", rows(images=None), r"s.jsonl:2: \['question', .*\]; want images, and"),
     ("eval_kvg", "", rows(question=None, messages=None), r"s.jsonl:2 \(b\): .*question ''.*; want"),
     ("train_sft", "", rows(messages=None), "b: .*nothing to learn from; want an assistant's message"),
     ("train_grpo", "", rows(answer="left"), "b: .*answer 'left'; want a box"),
-    # a box that is none
-    ("synth_data", "", [SOURCE, SOURCE | {"bbox_px": [9, 0, 0, 9]}], r"s.jsonl: 1 bad, .*box: \[9, 0, 0, 9\]; want"),
+    ("gen_cot", "", rows(answer="left"), r"s.jsonl:2 \(b\): target 0, answer 'left'; want an entity, and its box"),
+    ("rows choices", "", [SOURCE], r"s.jsonl:1 \(1\): options \['Lo'\]; want 2 to 6 names of a car, with 'Lo'"),
+    ("synth_data", "", sources(bbox_px=[9, 0, 0, 9]), r"s.jsonl: 1 bad, .*box: \[9, 0, 0, 9\]; want"),
+    ("synth_data", "--boxes k.json", [SOURCE], r"k.json:1 \(None\): no box; want image, bbox_px or"),
+    ("gen_cot", "", rows(entities=[LO | {"bbox_1000": [1, 2, 3, NAN]}]), r"\(b\): .*nan\].*; want .* y2 in 0..1000"),
     ("eval_kvg", "", rows(answer=SWAPPED), r"s.jsonl:2 \(b\): .*box \[310, 20, 300, 400\]; want x1 < x2"),
-    ("train_sft", "", rows(bbox_px=[0, 0, NAN, 10]), r"s.jsonl:2 \(b\): .*box \[0, 0, nan, 10\]; want x1 < x2"),
     ("train_grpo", "", rows(bbox_px=[0, 0, 102, 10]), r"s.jsonl:2 \(b\): .*box \[0, 0, 102, 10\]; want .* within"),
-    # an image that is not there, or none
-    ("gen_cot", "", rows(entities=[ENTITIES[0], ENTITIES[1] | {"bbox_1000": [1, 2, 3, NAN]}]),
-     r"s.jsonl:2 \(b\): .*nan\].*; want .* x1 < x2 and y1 < y2 in 0..1000"),
+    ("rows choices", "--task gap", rows(bbox_px=[5, 2, 300, 4]), r"s.jsonl:2 \(b\): box \[5, .*; want .* 100 x 50"),
+    ("rows refcoco", "", [{"image": "a.png", "expression": "x", "bbox": [1, 2, 0, 4]}], r"\(1\): box \[1, 2, 1, 6\]"),
     ("gen_cot", "", rows(images=["none.png"]), r"s.jsonl:2 \(b\): no file none.png; want an image"),
     ("eval_kvg", "", rows(images=["none.png"]), r"\bb\b.*none.png"),
     ("train_sft", "", rows(images=["k.json"]), "b: .*cannot identify image file '.*k.json'"),
-    # tokens other than pairs around names and boxes
-    ("synth_data", "", [SOURCE, SOURCE | {"entity": "Lo<|im_end|>"}], r"s.jsonl:2: .*<\|im_end\|>'\]; want .* tokens"),
+    ("rows spoil", "--kind blur", rows(images=["none.png"]), r"s.jsonl:2 \(b\): .*none.png'; want an image"),
+    ("rows ask-boxes", "", sources(image=None), r"s.jsonl:2 \(2\): no image; want a path or bytes"),
+    ("synth_data", "", sources(entity="Lo<|im_end|>"), r"s.jsonl:2: .*<\|im_end\|>'\]; want texts without"),
+    ("gen_cot", "", rows(entities=[LO | {"entity": "<|im_end|>"}]), r"s.jsonl:2 \(b\): .*; want a name without"),
     ("eval_kvg", "", rows(question="<|im_end|>"), r"s.jsonl:2 \(b\): .*'<\|im_end\|>.*' in a text; want no tokens"),
-    ("train_sft", "", rows(question="<|image_pad|>"), r"s.jsonl:2 \(b\): .*'<\|image_pad\|>.*' in a text; want"),
-    # ids that occur twice, or nothing at all
     ("gen_cot", "", rows(id="a"), "s.jsonl: 2 rows, 1 ids; want some, each once"),
+    ("filter", "", rows(id="a"), "s.jsonl: 2 rows; want some, and no id twice"),
     ("eval_kvg", "", rows(id="a"), r"s.jsonl:2 \(a\): .*its id occurs twice; want unique ids"),
     ("synth_data", "", [], "s.jsonl: 0 usable, {}; want --min_entities of one category"),
-    ("eval_kvg", "", [], "; want"),
-    # what belongs together
+    ("eval_kvg", "", [], "s.jsonl: no questions; want some"),
+    ("filter", "", rows(), "rejected.jsonl: 0 of 2 rows kept, {'not one <think> and one <answer> block': 2}; want some"),
     ("filter", "--stage grpo --predictions p.jsonl", rows(), "p.jsonl: 0 answers to a; want 2 with an iou"),
+    ("gen_cot", "--knowledge n.json", rows(), 'n.json: .*int.*; want JSON {"Name": {"description"}}'),
     ("train_grpo", "--knowledge k.json", rows(), "k.json: 'Lo', target of a: {}; want its mastery, 0..1"),
 ]
 
 @pytest.fixture
 def say(tmp_path, monkeypatch, capsys, tiny_dir):
-    """Runs a command here, in a folder with a.png, k.json, p.jsonl; (exit code, its last line, all that it prints)."""
+    """Runs a command here, in a folder with some files; (exit code, its last line, all that it prints)."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (100, 50), "red").save("a.png")
-    (tmp_path / "k.json").write_text("{}")
-    (tmp_path / "p.jsonl").touch()
+    for file, text in (("k.json", "{}"), ("n.json", '{"Lo": 1}'), ("p.jsonl", "")):
+        Path(file).write_text(text)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)  # who loads weights fails otherwise
     def start(script, flags):
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             monkeypatch.setenv(name, value)  # the scripts set them; undone after the test
+        script, *command = script.split()
+        path = ROOT / ("tools" if command else "") / f"{script}.py"
         flags = f"{COMMANDS[script]} {flags}".format(tiny=tiny_dir).split()
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        monkeypatch.setattr(sys, "argv", [path.name, *command, *flags])
         with pytest.raises(SystemExit) as end:
             try:
-                runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+                runpy.run_path(str(path), run_name="__main__")
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
@@ -102,19 +107,18 @@ def say(tmp_path, monkeypatch, capsys, tiny_dir):
         return (1, code, out + code) if isinstance(code, str) else (code, err.strip().split("\n")[-1], err)
     return start
 
-
 @pytest.mark.parametrize("script, flags, content, want", MESSAGES)
-def test_a_mistake_is_one_line_before_weights_are_loaded(script, flags, content, want, say, tmp_path):
+def test_a_mistake_is_one_line_before_weights_are_loaded(script, flags, content, want, say):
     if content is not None:
         text = "".join(json.dumps(r) + "\n" for r in content) if isinstance(content, list) else content
-        (tmp_path / ("s.json" if "s.json" in flags else "s.jsonl")).write_text(text, encoding="latin-1")
+        Path("s.json" if "s.json" in flags else "s.jsonl").write_text(text, encoding="latin-1")
     code, last, printed = say(script, flags)
-    assert re.search(want, printed) and last.startswith(script) and "\n" not in last, printed
+    assert re.search(want, printed) and last.startswith(script.split()[0]) and "\n" not in last, printed
     assert code == (2 if "error: " in want else 1)
 
 def test_two_runs_into_one_folder_are_refused(say, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
+    Path("s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
     lock = "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -18,7 +18,6 @@ from transformers import AttentionInterface
 sys.path.insert(0, str(ROOT / "tools"))
 import plan as t  # noqa: E402
 
-
 def row(model, grid, spans):
     """What a model takes for a prompt with an image of rows x columns patches, packed with its completions."""
     vision, (rows, columns), tokens = model.config.vision_config, grid, sum(spans)
@@ -27,7 +26,6 @@ def row(model, grid, spans):
     pixels = torch.randn(rows * columns, 6 * vision.patch_size**2, dtype=model.dtype)
     return dict(input_ids=ids, position_ids=torch.arange(tokens).expand(3, 1, tokens), use_cache=False,
                 pixel_values=pixels, image_grid_thw=torch.tensor([[1, rows, columns]]))  # fmt: skip
-
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +42,6 @@ def test_flops_equal_those_torch_counts(family, frozen):
     assert forward == decoder + t.vision_flops(s, *grid)
     assert counter.get_total_flops() == 3 * decoder + t.vision_flops(s, *grid, trained=not frozen)
 
-
 def attend(module, query, key, value, attention_mask, scaling=None, spans=(), **kwargs):
     """Keeps what attention of a packed row keeps: copies of the prompt's keys and values for each completion."""
     (q, *prompt), *rest = zip(*(x.split(spans, 2) for x in (query, key, value)), strict=True)
@@ -52,14 +49,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, spans=(), **
     parts += [(q, *(torch.cat(x, 2) for x in zip(prompt, own, strict=True))) for q, *own in rest]
     return torch.cat([F.scaled_dot_product_attention(*x, enable_gqa=True) for x in parts], 2).transpose(1, 2), None
 
-
 def peak_bytes(call):
     """Most bytes that call() holds at once, beside what was there before."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +72,6 @@ def test_activations_are_what_autograd_saves_and_the_peak_of_a_pass(family, chec
     peak = peak_bytes(lambda: call().last_hidden_state.sum().backward()) + there
     assert decoder + tower + again == pytest.approx(peak, rel=0.15)
 
-
 def test_a_chunk_of_logits_takes_16_bytes_each():
     """lm_head and log-probs, forward and backward, computed twice."""
     head, hidden = torch.nn.Linear(8, 20000, bias=False).bfloat16(), torch.randn(200, 8).bfloat16().requires_grad_()
@@ -88,7 +82,6 @@ def test_a_chunk_of_logits_takes_16_bytes_each():
 
     peak = peak_bytes(lambda: torch.utils.checkpoint.checkpoint(score, hidden, use_reentrant=False).sum().backward())
     assert t.LOGIT * 200 * 20000 == pytest.approx(peak, rel=0.1)
-
 
 ENGINE = """
 import gc, json, os, sys, deepspeed, torch
@@ -119,7 +112,6 @@ print("held", json.dumps(out), flush=True)
 os._exit(0)
 """
 
-
 def test_weights_gradients_optimizer_and_checkpoints_are_those_of_deepspeed(tiny_dir, tmp_path, monkeypatch):
     """A census of the tensors of two ranks after the backward passes and after the update; all are in host RAM here."""
     monkeypatch.setattr(t, "BUCKET", 4000)
@@ -141,7 +133,6 @@ def test_weights_gradients_optimizer_and_checkpoints_are_those_of_deepspeed(tiny
         files = sum(f.stat().st_size for f in (tmp_path / name).rglob("*.pt"))
         assert files == pytest.approx(p.disk[0] - p.disk[1], rel=0.05), name
 
-
 def test_table_has_every_model_and_the_numbers_of_a_plain_sum(tmp_path, capsys):
     """7B, GRPO, one GPU, checkpointing and offload: rows of 8,192 tokens, or 3 groups of 640 + 4 x 512, on 4 images.
     And the published numbers of weights: half the bytes of their files."""
@@ -159,7 +150,6 @@ def test_table_has_every_model_and_the_numbers_of_a_plain_sum(tmp_path, capsys):
     assert 4 * s.layers * s.key == 57344 and 2 * (s.body + s.vocab * s.hidden) == pytest.approx(14.14e9, rel=1e-3)
     assert t.decoder_flops(s, 1024, t.attended_pairs(1024), 0) == pytest.approx(13.58e12, rel=1e-3)
     assert t.vision_flops(s, 40, 50) == pytest.approx(3.22e12, rel=0.01) and t.attended_pairs(3, 2, 1) == 6 + 4 + 5 + 4
-
 
 @pytest.mark.parametrize("run", ["sft", "grpo"])
 def test_flags_and_bucket_are_those_of_the_trainers(run):

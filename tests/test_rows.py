@@ -18,7 +18,6 @@ from tools import rows as script
 NAMES = ["Boeing_737-600,_700,_800", "Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013 ", "Lo"]
 NAMED = "<|object_ref_start|>{}<|object_ref_end|>"
 
-
 def write(path, rows):
     """JSONL, or a parquet with the bytes of the images."""
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
@@ -26,7 +25,6 @@ def write(path, rows):
         rows = [r | {"image": {"bytes": (path.parent / r["image"]).read_bytes()}} for r in rows]
         pq.write_table(pa.Table.from_pylist([dict.fromkeys(k for r in rows for k in r) | r for r in rows]), path)
     return path
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -38,7 +36,6 @@ def run(tmp_path, monkeypatch):
         rows, root = [json.loads(line) for line in open(tmp_path / out / "rows.jsonl", "rb")], tmp_path / out
         return [r | {"pixels": np.array(Image.open(root / r["image"]))} if r["image"][0] != "/" else r for r in rows]
     return run
-
 
 def test_images_without_a_box_are_asked_by_the_names_that_synth_data_gives_them(run, tmp_path):
     source, image = tmp_path / "source", Image.new("RGBA", (40, 30))
@@ -62,7 +59,6 @@ def test_images_without_a_box_are_asked_by_the_names_that_synth_data_gives_them(
         corners = [r["pixels"][y, x].tolist() for y, x in ((0, 0), (0, 39), (29, 0), (15, 15))]
         assert corners == [[60, 60, blue], [205, 60, blue], [60, 205, blue], [200, 0, 0]]
 
-
 def test_single_images_get_options_of_their_category(run, tmp_path):
     some = [{"image": f"{i}.png", "entity": n, "category": "Bird"} for i, n in enumerate("ABCDEFG")]
     own = {"image": "/x.png", "entity": "Z", "category": "bird", "options": ["Y", " Z"], "id": 7}
@@ -70,7 +66,6 @@ def test_single_images_get_options_of_their_category(run, tmp_path):
     assert ["".join(r["options"]) for r in rows[:3] + rows[7:]] == ["AEDF", "EBAD", "AZBC", "YZ"]
     assert [(r["id"], r["image"]) for r in rows[::7]] == [("0.png", str(tmp_path / "0.png")), ("7", "/x.png")]
     assert rows[1]["question"] == "Which bird is this?\nA. E\nB. B\nC. A\nD. D\nAnswer with the letter of one option."
-
 
 @pytest.fixture
 def composites(tmp_path):
@@ -84,7 +79,6 @@ def composites(tmp_path):
         rows.append(row | {"category": "car" if i % 2 else "bird", "entities": listed})
     return write(tmp_path / "samples.jsonl", rows)
 
-
 def test_a_probe_asks_about_an_entity_once_per_source_image(run, composites):
     rows = run("choices", "--source", composites)
     assert sorted(r["answer"] for r in rows) == sorted("ABCDEPQRST" * 3)
@@ -92,7 +86,6 @@ def test_a_probe_asks_about_an_entity_once_per_source_image(run, composites):
     cut = rows[0]["pixels"]  # the box, 5 % around it, no more than the picture
     assert cut.shape == (66, 105, 3) and (cut[3:-3, 5:] == [200, 0, 0]).all() and cut[2, 5, 2] == cut[3, 4, 2] == 255
     assert len(run("choices", "--source", composites, "--max_per_entity", 2)) == 20
-
 
 def test_a_gap_takes_wrong_options_from_the_same_image_first(run, composites, tmp_path):
     Image.new("RGB", (200, 100), "blue").save(tmp_path / "1.png")
@@ -107,14 +100,12 @@ def test_a_gap_takes_wrong_options_from_the_same_image_first(run, composites, tm
     assert ["".join(r["options"]) for r in rows[4:]] == ["FGHE", "FEHG", "FGEH", "GFHE"]
     assert len({r["pixels"].tobytes() for r in rows + again}) == len({r["image_id"] for r in again}) == 2
 
-
 def test_expressions_keep_their_box_whoever_wrote_it(run, tmp_path):
     coco = {"image": "a.jpg", "expression": " left one ", "bbox": [10, 20, 30.5, 40], "split": "testA", "id": 5}
     own = {"image": "/b.jpg", "question": "Where is it?", "bbox_px": [0, 0, 9, 9.5]}
     first, second = run("refcoco", "--source", write(tmp_path / "r.jsonl", [coco, own]), "--image_root", "/coco")
     want = {"id": "5", "image": "/coco/a.jpg", "phrase": "left one", "bbox_px": [10, 20, 40.5, 60], "category": "testA"}
     assert first == want and second == own | {"id": "2", "category": "none"}
-
 
 @pytest.mark.parametrize("kind", script.AMOUNTS)
 def test_a_spoilt_picture_depends_on_seed_and_case_and_gets_worse(kind, run, tmp_path):
@@ -131,7 +122,6 @@ def test_a_spoilt_picture_depends_on_seed_and_case_and_gets_worse(kind, run, tmp
     assert [(a["pixels"] != r["pixels"]).any() for r in (b, other)] == [kind not in ("jpeg", "blur")] * 2
     assert a["pixels"].sum() == {"noise": 4229525, "color": 4261200, "seams": 4371087}.get(kind, a["pixels"].sum())
 
-
 def test_a_killed_command_leaves_no_rows_and_ends_the_same_when_repeated(run, composites, tmp_path):
     flags, first = ("spoil", "--bench", composites, "--kind", "noise", "--strength"), tmp_path / "out/images/000000.png"
     run(*flags, 2)
@@ -143,7 +133,6 @@ def test_a_killed_command_leaves_no_rows_and_ends_the_same_when_repeated(run, co
     assert process.wait() < 0 and not (tmp_path / "out/rows.jsonl").exists()
     for a, b in zip(run(*flags, 4), run(*flags, 4, out="other"), strict=True):
         assert (a.pop("pixels") == b.pop("pixels")).all() and a == b
-
 
 @pytest.mark.parametrize("command, row, words", [
     ("ask-boxes", {"entity": "a<|im_end|>"}, "b.jsonl:1 (i): entity 'a<|im_end|>'; want a text"),

@@ -39,12 +39,10 @@ class Teacher(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", 8000), Teacher).serve_forever()
 """
 
-
 def program(path, text):
     path.write_text(text)
     path.chmod(0o755)
     return path
-
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
@@ -70,13 +68,11 @@ def python(tmp_path_factory):
     yield program(folder / "python", CLIENT.replace("PORT", str(server.server_address[1])))
     server.shutdown()
 
-
 @pytest.fixture
 def run_all(python, tmp_path):
     own = os.environ | {"PYTHON": str(python), "RUN": str(tmp_path / "run")}
     run = partial(subprocess.run, capture_output=True, text=True)
     return lambda *args, **env: run(["bash", ROOT / "run_all.sh", *args], env=own | {k: str(env[k]) for k in env})
-
 
 @pytest.fixture
 def finished(tmp_path):
@@ -93,7 +89,6 @@ def finished(tmp_path):
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path / "run"
 
-
 def test_a_finished_run_only_prints_its_table(finished, run_all):
     done = run_all()
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
@@ -102,13 +97,11 @@ def test_a_finished_run_only_prints_its_table(finished, run_all):
     assert re.search(r"\| grpo +\| +4 \| +100.0 \(10.0 to 90.0\) \| +- \|", done.stdout)
     assert f"{finished}/results.json" in done.stdout and f"{finished}/eval_grpo/report.html" in done.stdout
 
-
 def test_from_forgets_that_stage_and_all_after_it_once(finished, run_all):
     done = run_all(FROM="train_grpo", NNODES=2, MASTER_ADDR="host")
     assert done.returncode and "bash run_all.sh forget once" in done.stderr and (finished / "eval_grpo").exists()
     assert run_all("forget", FROM="train_grpo").returncode == 0 and not (finished / "eval_grpo").exists()
     assert {*os.listdir(finished / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
-
 
 def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
     (tmp_path / "bench.jsonl").write_text('{"image": "none.png", "question": "Where?"}\n')
@@ -130,7 +123,6 @@ def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, t
         assert done.returncode and message in done.stderr and "== " not in done.stdout, (message, done)
         assert len(done.stderr.splitlines()) == 1, done.stderr
 
-
 def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, run_all, tmp_path):
     done = run_all(DRY=1, MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet",
                    TEACHER="serve:org/teacher", BOX_MODEL="org/boxes", SFT_FLAGS="--zero_stage 3", NPROC=8)  # fmt: skip
@@ -143,7 +135,6 @@ def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, 
     assert "--zero_stage 3" in commands["train_sft"] and "--beta 0.04" in commands["train_grpo"]
     assert all(f"--boxes {tmp_path}/run/boxes.jsonl" in commands[name] for name in ("synth_sft", "synth_grpo"))
     assert {*os.listdir(tmp_path / "run")} == {".done", "plan_sft.txt", "plan_grpo.txt"}
-
 
 def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teacher(world_dir, run_all, tmp_path):
     """The path of an 8-GPU node, every stage of it, with everything from outside; only sizes are cut."""

@@ -12,15 +12,12 @@ SOURCES = {"files": "synth_data.py", "chain_rules": "gen_cot.py", "answers": "ev
            "rollout": "eval_kvg.py", "engine": "train_sft.py"}  # fmt: skip
 BLOCK = re.compile(r"^# >>> shared:(\w+) \((source|copy of (\w+\.py))\)\n(.*?)^# <<< shared:\1\n", re.M | re.S)
 
-
 def read(names):
     return {name: (ROOT / name).read_text("utf-8") for name in names}
-
 
 def blocks(text):
     """{name: (role, source script or None, body)} of one script."""
     return {name: (role, source, body) for name, role, source, body in BLOCK.findall(text)}
-
 
 def drift(texts):
     """One line per marker that is malformed, has no or two sources, or differs from its source."""
@@ -39,7 +36,6 @@ def drift(texts):
                 problems.append(f"{script}: {name} differs from {source}; run python tests/test_shared_blocks.py --fix")
     return problems
 
-
 def defined(text):
     """[(name, its code)] of what is defined at top level."""
     pairs = []
@@ -49,7 +45,6 @@ def defined(text):
         names += [t.id for t in targets if isinstance(t, ast.Name)]
         pairs += [(name, ast.unparse(node)) for name in names]
     return pairs
-
 
 def twins(texts):
     """Names that two scripts define outside a marked block, and names that two blocks define in different ways."""
@@ -63,23 +58,19 @@ def twins(texts):
     outside = {name: where for name, where in places.items() if len(where) > 1 and name not in ("main", "parse_args")}
     return outside | {name: list(other.values()) for name, other in codes.items() if len(other) > 1}
 
-
 def test_every_copy_equals_its_source():
     texts = read(SCRIPTS)
     assert not drift(texts)
     assert {n: s for s, t in texts.items() for n, (role, _, _) in blocks(t).items() if role == "source"} == SOURCES
 
-
 def test_no_name_is_defined_twice_outside_a_block_or_differently_in_two():
     assert not twins(read(SCRIPTS))
-
 
 def test_tools_read_boxes_and_ask_questions_as_the_scripts_do():
     codes = {code for text in read(SCRIPTS).values() for _, code in defined(text)}
     names = ("NUMBER", "POINT", "FOUR", "BOXES", "QUESTION", "InputError")
     same = [(tool, name, code) for tool, text in read(TOOLS).items() for name, code in defined(text) if name in names]
     assert len(same) >= 6 and not [f"{tool}: {name}" for tool, name, code in same if code not in codes]
-
 
 def test_drift_is_seen():
     source = "# >>> shared:a (source)\nx = 1\n# <<< shared:a\n"
@@ -90,7 +81,6 @@ def test_drift_is_seen():
     assert twins({"a.py": "def f(): pass\n", "b.py": "def f(): pass\n"}) and not twins({"a.py": source, "b.py": source})
     assert twins({"a.py": "x, y = 1, 2\n", "b.py": "y = 1\n"}) and twins({"a.py": source + copy.replace(":a", ":b")})
 
-
 def fix():
     texts = read(SCRIPTS)
     bodies = {name: body for t in texts.values() for name, (role, _, body) in blocks(t).items() if role == "source"}
@@ -99,7 +89,6 @@ def fix():
         if new != text:
             (ROOT / script).write_text(new, encoding="utf-8")
             print(f"rewrote {script}")
-
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--fix"]:

@@ -11,16 +11,13 @@ import study
 import toy_world as world
 from conftest import run_script
 
-
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-
 @pytest.fixture(scope="module")
 def jobs():
     return {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
-
 
 def test_every_command_is_one_that_its_script_takes(jobs):
     for name, command in jobs.items():
@@ -29,7 +26,6 @@ def test_every_command_is_one_that_its_script_takes(jobs):
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
-
 
 def test_the_parts_can_run_one_after_the_other(jobs):
     waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
@@ -41,7 +37,6 @@ def test_the_parts_can_run_one_after_the_other(jobs):
             todo, done = todo - ready, done | ready
         assert not todo, part
     assert [part for part, _ in study.PARTS][:3] == ["main", "teachers", "grounded"]
-
 
 def test_compared_runs_see_equally_many_samples_and_completions(jobs):
     def flag(name, key):
@@ -55,7 +50,6 @@ def test_compared_runs_see_equally_many_samples_and_completions(jobs):
     assert {completions(name) for name in runs} == {study.STEPS * study.PROMPTS * 8}
     for name in [name for name in jobs if name.startswith("0/cot_sft_more")]:
         assert flag(name, "--max_steps") * flag(name, "--train_batch_size") == study.STEPS * study.PROMPTS
-
 
 def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir, synth_dir, tmp_path):
     run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json",
@@ -85,7 +79,6 @@ def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir
     for _, name, planning in always:
         assert planning == f"Planning: {name} is {world.describe(world.ENTITIES[names[name]])}."
 
-
 def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     out, given = tmp_path / "out", tmp_path / "given"
     (tmp_path / "copy.py").write_text("import pathlib, sys\nsource, _, folder = map(pathlib.Path, sys.argv[1:])\n"
@@ -103,7 +96,6 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0/b: older than what it reads; delete it"):
         study.run_jobs(jobs, out, at_once=2)
 
-
 def evaluated(folder, acc, *rows):
     """The folder of a finished evaluation."""
     scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
@@ -111,7 +103,6 @@ def evaluated(folder, acc, *rows):
     row = {"correct": True, "entity": "Penika", "category": "disc", "image_id": "i", "pred_bbox_1000": [1, 2, 30, 40]}
     write(folder / "predictions.jsonl", *(row | r for r in rows))
     write(folder / "done.json", {"seconds": 60})
-
 
 def test_the_tables_say_what_the_runs_say(tmp_path):
     """Two seeds with known scores: mean, Student's interval, paired difference. What is not finished is left out."""
@@ -126,7 +117,6 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     assert lines[-1] == "2 of 3 jobs, 2 minutes together."
     difference = values["The paper's comparison"]["points, paired by seed, cot_sft - sft: all"]
     assert difference == {"0": 20.0, "1": 30.0} and set(values) == set(study.TABLES)
-
 
 def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     look = world.describe(world.ENTITIES["Penika"])

@@ -22,7 +22,6 @@ SCENE = dict(layouts=["grid"], grid=None, canvas_size=None, tile_px=100, max_pix
              entity_scale=(1.0, 1.0), gap_px=(0, 0), color_jitter=0.0)  # fmt: skip
 OPTIONS = [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": (400, 300)}, {"max_pixels": 20000}]
 
-
 @pytest.mark.parametrize("layout, options", [(layout, options) for layout in s.LAYOUTS for options in OPTIONS])
 def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
     """Each source has its box in a colour of its own, which in the composite fills exactly the remapped box."""
@@ -43,7 +42,6 @@ def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
             assert np.allclose([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1], box, atol=1.6), (color, box)
         assert name == layout and canvas.width * canvas.height <= args.max_pixels
 
-
 def test_boxes_on_the_1000_grid_are_within_half_a_cell_and_never_empty():
     for seed in range(500):
         rng = random.Random(seed)
@@ -53,10 +51,8 @@ def test_boxes_on_the_1000_grid_are_within_half_a_cell_and_never_empty():
         if box[2] - box[0] > w / 500 and box[3] - box[1] > h / 500:
             assert all(abs(v - p * 1000 / size) <= 0.5001 for v, p, size in zip(n, box, (w, h, w, h), strict=True))
 
-
 def read(folder):
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-
 
 def test_rows_keep_the_contract(synth_dir):
     rows = read(synth_dir)
@@ -69,7 +65,6 @@ def test_rows_keep_the_contract(synth_dir):
         assert r["answer"] == s.ANSWER.format(target["entity"], *target["bbox_1000"])
         assert [m["content"] for m in r["messages"]] == ["<image>" + r["question"], r["answer"]]
         assert Image.open(synth_dir / r["images"][0]).size == (r["width"], r["height"])
-
 
 def test_a_killed_run_and_more_workers_and_a_longer_run_end_in_the_same_bytes(world_dir, tmp_path):
     command = [sys.executable, ROOT / "synth_data.py", "--source", world_dir / "train", *SCENE_FLAGS[:-2]]
@@ -90,17 +85,14 @@ def test_a_killed_run_and_more_workers_and_a_longer_run_end_in_the_same_bytes(wo
     other = subprocess.run([*again, "--seed", "1"], capture_output=True, text=True)
     assert other.returncode == 1 and "'seed': '0 -> 1'" in other.stderr and other.stderr.count("\n") == 1
 
-
 # ---- small sources ----
 def photo(seed, size=(200, 150)):  # smooth: its hash is its own, and survives scaling and compression
     small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
-
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
-
 
 def make_source(folder, count=8, category="Cat"):
     names = [f"{category}/{'ab'[i % 2]}/{i}.png" for i in range(count)]
@@ -111,7 +103,6 @@ def make_source(folder, count=8, category="Cat"):
         f.writelines(json.dumps({"image": name, "bbox_px": [1, 1, 100, 100]}) + "\n" for name in names)
     return folder
 
-
 def synth(source, out, *flags):
     """stats.json of a small run in this process."""
     flags = ("--source", source, "--out", out, "--num_samples", 8, "--num_workers", 1, "--tile_px", 60, *flags)
@@ -119,7 +110,6 @@ def synth(source, out, *flags):
         patch.setattr(sys, "argv", ["synth_data.py", *map(str, flags)])
         s.main()
     return json.loads((out / "stats.json").read_text())
-
 
 @pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "rows.jsonl"])
 def test_images_of_the_benchmark_are_excluded_even_scaled_compressed_and_mirrored(kind, tmp_path):
@@ -138,14 +128,12 @@ def test_images_of_the_benchmark_are_excluded_even_scaled_compressed_and_mirrore
     stats = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
     assert stats["left_out_sources"] == {"Cat/b/3.png": "excluded", "Cat/a/4.png": "excluded"}
 
-
 def test_held_out_entities_and_sources_of_excluded_composites_never_occur(world_dir, synth_dir, tmp_path):
     flags = ("--holdout_entities", 0.3, "--exclude", synth_dir / "samples.jsonl", "--exclude_distance", 0)
     held = synth(world_dir / "train", tmp_path, *flags)["held_out_entities"]
     used, before = ([e | r for r in read(d) for e in r["entities"]] for d in (tmp_path, synth_dir))
     assert len(held) > 10 and not {*held} & {f"{e['category']}/{e['entity']}" for e in used}
     assert len(before) > 20 and not {e["source"] for e in before} & {e["source"] for e in used}
-
 
 @pytest.mark.parametrize("mode, kind, want", [("L", "jpg", "RGB"), ("CMYK", "jpg", "RGB"), ("RGBA", "png", "RGBA"),
                                               ("LA", "png", "RGBA"), ("P", "png", "RGB")])  # fmt: skip
@@ -155,7 +143,6 @@ def test_a_source_of_any_mode_loads_as_convert_would_give_it_and_upright(mode, k
     photo(0).convert(mode).save(path, exif=exif)
     turned = Image.open(path).convert(want).transpose(Image.Transpose.ROTATE_270)
     assert s.open_image(path).mode == want and s.open_image(path).tobytes() == turned.tobytes()
-
 
 def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder(tmp_path):
     """Of the parquet two rows are bad: they are skipped and counted. It is read by row groups."""
@@ -175,9 +162,7 @@ def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder(tm
             assert image.read_bytes() == (tmp_path / f"out_{kind}/images" / image.name).read_bytes()
     assert s.image_column(tmp_path / "rows.parquet", 1).length() == 3
 
-
 NAMES = "Chardonnay 2012, 2013, 2014", "Boeing 737-600, 700, 800, 900", "Porsche 911 (901, 930, 964, 993)", "A\n"
-
 
 def test_any_name_is_fine_and_is_stripped_but_special_tokens_are_refused(tmp_path):
     photo(0).save(tmp_path / "a.png")
@@ -187,7 +172,6 @@ def test_any_name_is_fine_and_is_stripped_but_special_tokens_are_refused(tmp_pat
     write(tmp_path / "s.jsonl", [rows[0] | {"entity": "A<|im_end|>"}])
     with pytest.raises(s.InputError, match=r"s.jsonl:1: image, category, entity \['a.png'.*; want texts without spec"):
         synth(tmp_path / "s.jsonl", tmp_path / "no")
-
 
 @pytest.mark.parametrize("line, want", [
     ({}, "not listed"), ({"bbox_px": None, "reason": "blurred"}, "blurred"),
@@ -200,7 +184,6 @@ def test_any_name_is_fine_and_is_stripped_but_special_tokens_are_refused(tmp_pat
 def test_a_box_in_an_image_of_400_x_300_is_clipped_by_1_px_and_a_models_is_doubted(line, want):
     assert s.box_of(s.Source("a", "a", "c", "e", None), line, (400, 300), 0.02) == want
 
-
 def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_path):
     source = make_source(tmp_path / "source")
     answers = [{"question_id": f"Cat/{'ab'[i % 2]}/{i}.png", "sample": k, "image": str(source), "correct": None,
@@ -209,7 +192,6 @@ def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_p
     assert stats["left_out_sources"] == {"Cat/a/0.png": "too small", "Cat/b/7.png": "not listed"}
     for r in read(tmp_path / "out"):  # half of each picture
         assert all(abs((b[2] - b[0]) / (b[3] - b[1]) - 4 / 3) < 0.1 for b in (e["bbox_px"] for e in r["entities"]))
-
 
 def test_bad_images_are_counted_and_listed_and_a_higher_limit_is_no_other_run(tmp_path):
     source = make_source(tmp_path / "source", 20)
@@ -223,14 +205,12 @@ def test_bad_images_are_counted_and_listed_and_a_higher_limit_is_no_other_run(tm
     with pytest.raises(s.InputError, match='2 bad, {"Cat/a/2.png": "bad image: cannot .*; want --max_bad_rows, now 1'):
         synth(source, tmp_path / "no")
 
-
 def test_categories_are_drawn_alike_or_by_their_images(tmp_path):
     source, share = make_source(make_source(tmp_path / "source", 4, "few"), 36, "many"), {}
     for weights in ("uniform", "images"):
         synth(source, tmp_path / weights, "--num_samples", 200, "--category_weights", weights, "--canvas_size", 60, 40)
         share[weights] = Counter(r["category"] for r in read(tmp_path / weights))["few"] / 200
     assert 0.4 < share["uniform"] < 0.6 and 0.04 < share["images"] < 0.17
-
 
 @pytest.mark.parametrize("change, message", [
     (lambda d: (d / "boxes.jsonl").unlink(), "0 usable, {'not listed': 8}; want --min_entities of one category"),
