@@ -18,10 +18,10 @@ ANSWER = f"<|object_ref_start|>Lo<|object_ref_end|><|box_start|>{BOX}<|box_end|>
 THINK = f"Planning: Lo is red, nothing else is.\nI see two objects here and compare them with care.\nLo is at {BOX}."
 ARGS = f.parse_args(["--stage", "cot", "--samples", "x", "--out", "y", "--max_words", "60"])
 
-def row(think=THINK, answer=ANSWER, text=None, image="a.png", **more):
+def row(think=THINK, answer=ANSWER, text=None, **more):
     text = f"<think>\n{think}\n</think> <answer>{answer}</answer>" if text is None else text
     said = [("user", "<image>Find <|object_ref_start|>Lo<|object_ref_end|>"), ("assistant", text)]
-    return {"images": [image], "answer": ANSWER, "messages": [{"role": r, "content": c} for r, c in said]} | more
+    return {"images": ["a.png"], "answer": ANSWER, "messages": [{"role": r, "content": c} for r, c in said]} | more
 
 def read(path):
     return json.loads(path.read_text()) if path.suffix == ".json" else list(map(json.loads, open(path)))
@@ -57,18 +57,16 @@ def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_
     run("cot", tmp_path / "o/k", samples=write(tmp_path / "in/rows.jsonl", rows), image_root=pictures)
     kept, (rejected,) = read(tmp_path / "o/k/samples.jsonl"), read(tmp_path / "o/k/rejected.jsonl")
     assert [r["id"] for r in kept] == [1, 2, 3] and rejected["reason"] == "duplicate"
-    for r, name in zip([*kept, rejected], "abca", strict=True):
-        assert os.path.normpath(tmp_path / "o/k" / r["images"][0]) == str(pictures / name) and "image" not in r
-    assert kept[1]["images"] == [str(pictures / "b")]
+    assert ["image" in r for r in kept] == [False] * 3 and kept[1]["images"] == [str(pictures / "b")]
+    found = [os.path.normpath(tmp_path / "o/k" / r["images"][0]) for r in [*kept, rejected]]
+    assert found == [str(pictures / name) for name in "abca"]
 
 IOUS = {"none": [0, 0.49, 0, 0], "one": [0.5, 0, 0, 0.1], "three": [0.5, 0.8, 0.79, 0.2], "all": [0.5, 0.9, 1, 0.7]}
 
-def predictions(path, **more):
-    return write(path, [{"question_id": q, "sample": k, "entity": "A" if q in ("none", "one") else "B", "iou": iou}
-                        for q, ious in (IOUS | more).items() for k, iou in enumerate(ious)])  # fmt: skip
-
 def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
-    files = {"samples": write(tmp_path / "s", [row(id=q) for q in IOUS]), "predictions": predictions(tmp_path / "p")}
+    answers = [{"question_id": q, "sample": k, "entity": "A" if q in ("none", "one") else "B", "iou": iou}
+               for q, ious in IOUS.items() for k, iou in enumerate(ious)]  # fmt: skip
+    files = {"samples": write(tmp_path / "s", [row(id=q) for q in IOUS]), "predictions": write(tmp_path / "p", answers)}
     run("grpo", tmp_path, **files)
     kept, rejected = read(tmp_path / "samples.jsonl"), read(tmp_path / "rejected.jsonl")
     assert [(r["id"], r["pass_rate"], r["num_rollouts"]) for r in kept] == [("one", 0.25, 4), ("three", 0.75, 4)]
@@ -80,6 +78,9 @@ def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
     for flags, want in (({"iou": 0.8}, ["three", "all"]), ({"min_correct": 0, "max_correct": 1}, ["none", "one"])):
         run("grpo", tmp_path, **files, **flags)
         assert [r["id"] for r in read(tmp_path / "samples.jsonl")] == want
+    write(tmp_path / "p", answers[:-1])
+    with pytest.raises(f.InputError, match="p: 3 answers to all; want 4 with an iou"):
+        run("grpo", tmp_path, **files)
 
 def test_mastery_is_the_share_of_choices_that_are_right(tmp_path):
     said = [("A", True), ("A", True), ("B", True), ("B", False), ("C", False)]
@@ -100,20 +101,6 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     subprocess.run([*command, tmp_path / "b"], check=True)
     for name in ("samples.jsonl", "rejected.jsonl", "stats.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-@pytest.mark.parametrize("stage, rows, words", [
-    ("cot", [], "0 rows; want some"),
-    ("cot", [row(id=1), row(id="1")], "2 rows; want some, and no id twice"),
-    ("cot", [{"images": ["a.png"], "question": "q"}], "s.jsonl:1: ['images', 'question']; want images, and"),
-    ("cot", [{"messages": row()["messages"]}], "s.jsonl:1: ['messages']; want images, and"),
-    ("cot", [row("short", id=1)], "0 of 1 rows kept, {'not 20 to 800 words': 1}; want some"),
-    ("grpo", [row(id="few")], "p: 2 answers to few; want 4 with an iou"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line(stage, rows, words, tmp_path):
-    more = {"predictions": predictions(tmp_path / "p", few=[0.5, 0.5])} if stage == "grpo" else {}
-    with pytest.raises(f.InputError) as error:
-        run(stage, tmp_path / "o", samples=write(tmp_path / "s.jsonl", rows), **more)
-    assert words in str(error.value) and "\n" not in str(error.value)
 
 def test_without_torch_the_data_scripts_are_imported_and_print_their_help_in_half_a_second():
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import filter, gen_cot, synth_data"

@@ -1,7 +1,7 @@
 """gen_cot.py: chains of the table, rules, resuming; and a teacher behind a server with faults, on this machine."""
 
 import base64
-import inspect
+import contextlib
 import io
 import json
 import os
@@ -74,12 +74,11 @@ def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(wor
     for row in rows:
         old, boxes = next(r for r in source if r["id"] == row["id"]), gen_cot.boxes_in(row["cot"], [])
         assert boxes[-1] == row["entities"][row["target"]]["bbox_1000"] and len(boxes) == len(row["entities"]) + 1
-        asked, said = (m["content"] for m in row["messages"])
-        assert said == f"<think>\n{row['cot']}\n</think> <answer>{row['answer']}</answer>"
-        assert asked == "<image>" + row["question"] + gen_cot.R1_SUFFIX
+        said = f"<think>\n{row['cot']}\n</think> <answer>{row['answer']}</answer>"
+        assert [m["content"] for m in row["messages"]] == ["<image>" + row["question"] + gen_cot.R1_SUFFIX, said]
         assert (out / row["images"][0]).samefile(synth_dir / old["images"][0])
-        assert row["teacher"] == {"backend": "knowledge", "model": "table.json", "attempt": 1}
-        assert row == old | {k: row[k] for k in ("images", "messages", "cot", "teacher")}
+        teacher = {"backend": "knowledge", "model": "table.json", "attempt": 1}
+        assert row == old | {k: row[k] for k in ("images", "messages", "cot")} | {"teacher": teacher}
     whole = {name: (out / name).read_bytes() for name in ("samples.jsonl", "rejected.jsonl", "part.jsonl")}
     for name in whole:
         (out / name).write_bytes(whole[name][: int(len(whole[name]) * 0.6)])
@@ -129,33 +128,15 @@ def test_what_is_accepted_passes_the_filter():
     assert gen_cot.judge(tokens, False, ROW, ARGS) == (FINE, None)
     assert gen_cot.judge(FINE, True, ROW, ARGS)[1] == "cut off: ran into --max_completion_length"
 
-def test_a_box_in_a_chain_is_written_as_in_an_answer_and_the_prompt_tells_all():
+def test_the_prompt_tells_all_names_and_boxes():
     prompt = gen_cot.teacher_prompt(ROW)
     assert "Mi (500,600),(700,900), Lo (10,20),(300,400), Ra (400,100),(600,500)." in prompt
     assert "The bounding box of Lo is (10,20),(300,400)." in prompt
-    ours, theirs = inspect.getsource(gen_cot), (ROOT / "eval_kvg.py").read_text()
-    lines = re.findall(r"^(?:NUMBER|POINT, FOUR|BOXES|NAMES|PAIRS) = .*\n", ours, re.M)
-    assert len(lines) == 5 and all(part in theirs for part in (*lines, inspect.getsource(gen_cot.box_iou)))
-
-@pytest.mark.parametrize("words, rows", [
-    ("s.jsonl:1 (a): no question; want images,", [{k: v for k, v in ROW.items() if k != "question"}]),
-    ("s.jsonl: 2 rows, 1 ids; want some, each once", [ROW, ROW]),
-    ("s.jsonl: 0 rows", []),
-    ("answer 'Lo'; want an entity, and its box", [ROW | {"answer": "Lo"}]),
-    ("'bbox_1000': [5, 5, 5, 9]}; want a name", [ROW | {"entities": [{"entity": "A", "bbox_1000": [5, 5, 5, 9]}]}]),
-    ("'A<|im_end|>'", [ROW | {"entities": [{"entity": "A<|im_end|>", "bbox_1000": [5, 5, 6, 9]}]}]),
-    ("no file gone.png; want an image", [ROW | {"images": ["gone.png"]}]),
-    ('k: \'int\' object is not iterable; want JSON {"Name": {"description"}}', [ROW]),
-])  # fmt: skip
-def test_bad_rows_and_tables_are_one_clear_line(words, rows, tmp_path):
-    (tmp_path / "a.png").touch()
-    samples, table = write(tmp_path / "s.jsonl", rows), write(tmp_path / "k", [{"Lo": 1}])
-    said = cot(samples, tmp_path / "o", "--knowledge", table, check=False)
-    assert words in said and said.count("\n") == 1
 
 # ---- a server with faults ----
 class Teacher(BaseHTTPRequestHandler):
     """A prompt first meets the faults of its row, by the number at the end of the target's name, then a good chain."""
+    log_message = staticmethod(print)
 
     def do_POST(self):
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
@@ -179,16 +160,12 @@ class Teacher(BaseHTTPRequestHandler):
         data = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
         sent = {"half a body": data[:99], "half a JSON": data[:99], "no choices": b"{}", "page": b"<html>Hello</html>"}
         sent = sent.get(fault, data)
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client had waited long enough
             self.send_response(status)
             self.send_header("Content-Type", "text/html" if fault == "page" else "application/json")
             self.send_header("Content-Length", str(len(data if fault == "half a body" else sent)))
             self.end_headers()
             self.wfile.write(sent)
-        except (BrokenPipeError, ConnectionResetError):  # the client had waited long enough
-            pass
-
-    log_message = lambda self, *args: None  # noqa: E731
 
 @pytest.fixture
 def server():

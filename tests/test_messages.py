@@ -19,7 +19,8 @@ import eval_kvg as e
 
 QUESTION, ANSWER = e.QUESTION.format("Lo"), e.ANSWER.format("Lo", 10, 20, 300, 400)
 LO = {"entity": "Lo", "bbox_px": [1, 2, 30, 40], "bbox_1000": [10, 20, 300, 400]}
-ROW = {"images": ["a.png"], "question": QUESTION, "answer": ANSWER, "target": 0, "entities": [LO, LO | {"entity": "Mi"}]}
+MI = LO | {"entity": "Mi"}
+ROW = {"images": ["a.png"], "question": QUESTION, "answer": ANSWER, "target": 0, "entities": [LO, MI]}
 ROW["messages"] = [{"role": "user", "content": "<image>" + QUESTION}, {"role": "assistant", "content": ANSWER}]
 SOURCE = {"image": "a.png", "entity": "Lo", "category": "car", "bbox_px": [0, 0, 9, 9]}
 NAN, SWAPPED = float("nan"), ANSWER.replace("(10", "(310")
@@ -76,7 +77,7 @@ MESSAGES = [  # script, more flags, s.jsonl as rows or text, a line that it prin
     ("eval_kvg", "", rows(id="a"), r"s.jsonl:2 \(a\): .*its id occurs twice; want unique ids"),
     ("synth_data", "", [], "s.jsonl: 0 usable, {}; want --min_entities of one category"),
     ("eval_kvg", "", [], "s.jsonl: no questions; want some"),
-    ("filter", "", rows(), "rejected.jsonl: 0 of 2 rows kept, {'not one <think> and one <answer> block': 2}; want some"),
+    ("filter", "", rows(), "rejected.jsonl: 0 of 2 rows kept, {'not one <think> .*': 2}; want some"),
     ("filter", "--stage grpo --predictions p.jsonl", rows(), "p.jsonl: 0 answers to a; want 2 with an iou"),
     ("gen_cot", "--knowledge n.json", rows(), 'n.json: .*int.*; want JSON {"Name": {"description"}}'),
     ("train_grpo", "--knowledge k.json", rows(), "k.json: 'Lo', target of a: {}; want its mastery, 0..1"),
@@ -183,28 +184,18 @@ def without_names(text):
     return bare
 
 def plain_parse(text, mode, grid):
-    """What parse_bbox reads, number by number and sign by sign, without patterns."""
+    """What parse_bbox reads, number by number and sign by sign."""
     if mode == "r1" or "<answer>" in text or "</answer>" in text:
         opened, closed = text.find("<answer>"), text.find("</answer>")
         one = text.count("<answer>") == text.count("</answer>") == 1 and opened < closed
         if not one or text[:opened].rfind("<think>") > text[:opened].rfind("</think>"):
             return None
         text = text[opened + len("<answer>") : closed]
-    tokens = [""]
-    for c in without_names(text):  # numbers stay whole, spaces part them
-        if tokens[-1][:1] in DIGITS and (c in DIGITS or c == "." and "." not in tokens[-1]):
-            tokens[-1] += c
-        else:
-            if tokens[-1][:1] in DIGITS and tokens[-1][-1] == ".":
-                tokens += [tokens.pop()[:-1], "."]
-            tokens.append(c)
-    tokens, found, k = [t for t in tokens if t and not t.isspace()], set(), 0
-
+    tokens, found, k = re.findall(r"[0-9]+(?:\.[0-9]+)?|\S", without_names(text)), set(), 0
     def values(start, form):  # of the numbers in `form`, if the tokens from `start` on have it
         part = tokens[start : start + len(form)]
         if ["0" if p[0] in DIGITS else p for p in part] == [*form]:
             return [float(p) for p in part if p[0] in DIGITS]
-
     while k < len(tokens):
         box, end = values(k, "(0,0)"), k + 5
         while box and (point := values(end, ",(0,0)")):
