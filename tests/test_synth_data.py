@@ -113,18 +113,17 @@ def synth(source, out, *flags):
 
 @pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "rows.jsonl"])
 def test_images_of_the_benchmark_are_excluded_even_scaled_compressed_and_mirrored(kind, tmp_path):
-    source = make_source(tmp_path / "source", 30)
-    pictures = [photo(3, (640, 480)), ImageOps.mirror(photo(4)), photo(50)]
-    files = [f"folder/deep/{n}.jpg" for n in range(4)]
-    (tmp_path / "folder/deep").mkdir(parents=True)
-    for picture, file in zip(pictures, files, strict=False):
-        picture.save(tmp_path / file, quality=60)
-    (tmp_path / files[3]).write_bytes(b"no image")  # it can be no question either
+    source, folder, files = make_source(tmp_path / "source", 10), tmp_path / "folder/deep", []
+    folder.mkdir(parents=True)
+    for i, picture in enumerate((photo(3, (640, 480)), ImageOps.mirror(photo(4)), photo(50))):
+        picture.save(folder / f"{i}.jpg", quality=60)
+    (folder / "3.jpg").write_bytes(b"no image")  # it can be no question either
+    files = sorted(folder.iterdir())
     if kind.endswith("parquet"):
-        data = [(tmp_path / f).read_bytes() for f in files]
+        data = [f.read_bytes() for f in files]
         pq.write_table(pa.table({"image": data if kind[0] == "b" else [{"bytes": d} for d in data]}), tmp_path / kind)
     elif kind != "folder":
-        write(tmp_path / kind, [{"images": files[:1]}, *[{"image": str(tmp_path / f)} for f in files[1:]]])
+        write(tmp_path / kind, [{"images": ["folder/deep/0.jpg"]}, *[{"image": str(f)} for f in files[1:]]])
     stats = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
     assert stats["left_out_sources"] == {"Cat/b/3.png": "excluded", "Cat/a/4.png": "excluded"}
 
@@ -164,14 +163,11 @@ def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder(tm
 
 NAMES = "Chardonnay 2012, 2013, 2014", "Boeing 737-600, 700, 800, 900", "Porsche 911 (901, 930, 964, 993)", "A\n"
 
-def test_any_name_is_fine_and_is_stripped_but_special_tokens_are_refused(tmp_path):
+def test_any_name_is_fine_and_is_stripped(tmp_path):
     photo(0).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "entity": name, "category": "Car ", "bbox_px": [0, 0, 9.5, 151]} for name in NAMES]
     synth(write(tmp_path / "s.jsonl", rows), tmp_path / "out")
     assert {e["entity"] for r in read(tmp_path / "out") for e in r["entities"]} == {n.strip() for n in NAMES}
-    write(tmp_path / "s.jsonl", [rows[0] | {"entity": "A<|im_end|>"}])
-    with pytest.raises(s.InputError, match=r"s.jsonl:1: image, category, entity \['a.png'.*; want texts without spec"):
-        synth(tmp_path / "s.jsonl", tmp_path / "no")
 
 @pytest.mark.parametrize("line, want", [
     ({}, "not listed"), ({"bbox_px": None, "reason": "blurred"}, "blurred"),
@@ -194,13 +190,13 @@ def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_p
         assert all(abs((b[2] - b[0]) / (b[3] - b[1]) - 4 / 3) < 0.1 for b in (e["bbox_px"] for e in r["entities"]))
 
 def test_bad_images_are_counted_and_listed_and_a_higher_limit_is_no_other_run(tmp_path):
-    source = make_source(tmp_path / "source", 20)
+    source, out = make_source(tmp_path / "source", 20), tmp_path / "out"
     (source / "Cat/a/2.png").write_bytes(b"not an image")
-    stats = synth(source, tmp_path / "out")  # one is 1 % of 20, rounded up
+    stats = synth(source, out)  # one is 1 % of 20, rounded up
     assert stats["left_out"] == {"bad image": 1} and list(stats["left_out_sources"]) == ["Cat/a/2.png"]
-    before = (tmp_path / "out/samples.jsonl").read_bytes()
-    synth(source, tmp_path / "out", "--max_bad_rows", 5)
-    assert (tmp_path / "out/samples.jsonl").read_bytes() == before
+    before = (out / "samples.jsonl").read_bytes()
+    synth(source, out, "--max_bad_rows", 5)
+    assert (out / "samples.jsonl").read_bytes() == before
     (source / "Cat/a/4.png").write_bytes((source / "Cat/a/4.png").read_bytes()[:-60])
     with pytest.raises(s.InputError, match='2 bad, {"Cat/a/2.png": "bad image: cannot .*; want --max_bad_rows, now 1'):
         synth(source, tmp_path / "no")
@@ -211,16 +207,3 @@ def test_categories_are_drawn_alike_or_by_their_images(tmp_path):
         synth(source, tmp_path / weights, "--num_samples", 200, "--category_weights", weights, "--canvas_size", 60, 40)
         share[weights] = Counter(r["category"] for r in read(tmp_path / weights))["few"] / 200
     assert 0.4 < share["uniform"] < 0.6 and 0.04 < share["images"] < 0.17
-
-@pytest.mark.parametrize("change, message", [
-    (lambda d: (d / "boxes.jsonl").unlink(), "0 usable, {'not listed': 8}; want --min_entities of one category"),
-    (lambda d: write(d / "boxes.jsonl", [{"image": "a.png"}]), "boxes.jsonl:1 (a.png): no box; want"),
-    (lambda d: (d / "boxes.jsonl").write_text("{broken\n"), "boxes.jsonl:1: b'{broken'; want one JSON object a line"),
-    (lambda d: d.rename(d.parent / "elsewhere"), "No such file or directory"),
-])  # fmt: skip
-def test_a_bad_source_gets_one_clear_line(change, message, tmp_path):
-    source = make_source(tmp_path / "source")
-    change(source)
-    with pytest.raises((s.InputError, FileNotFoundError)) as error:
-        synth(source, tmp_path / "out")
-    assert message in str(error.value) and "\n" not in str(error.value)
