@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 
@@ -11,24 +12,23 @@ import study
 import toy_world as world
 from conftest import run_script
 
+
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-@pytest.fixture(scope="module")
-def jobs():
-    return {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
+JOBS = {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
 
-def test_every_command_is_one_that_its_script_takes(jobs):
-    for name, command in jobs.items():
+def test_every_command_is_one_that_its_script_takes():
+    for name, command in JOBS.items():
         script, *flags = command.split()
         script = "train_grpo.py" if script == "tests/toy/grounded.py" else script
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
 
-def test_the_parts_can_run_one_after_the_other(jobs):
-    waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
+def test_the_parts_can_run_one_after_the_other():
+    waits, done = {name: study.needs(name, command) for name, command in JOBS.items()}, set()
     assert waits["0/world"] == waits["0/eval_base"] - {"0/world"} == set()
     assert waits["0/cot_sft_more"] == {"0/cot_sft", "0/cot_more"}
     for part, _ in study.PARTS:
@@ -36,26 +36,20 @@ def test_the_parts_can_run_one_after_the_other(jobs):
         while ready := {name for name in todo if waits[name] <= done}:
             todo, done = todo - ready, done | ready
         assert not todo, part
-    assert [part for part, _ in study.PARTS][:3] == ["main", "teachers", "grounded"]
 
-def test_compared_runs_see_equally_many_samples_and_completions(jobs):
-    def flag(name, key):
-        return int(re.findall(rf"{key} (\d+)", jobs[name])[-1])
-
-    def completions(name):
-        return flag(name, "--max_steps") * flag(name, "--train_batch_size") * flag(name, "--num_generations")
-
-    runs = [name for name in jobs if name.startswith("0/grpo")]
+def test_compared_runs_see_equally_many_samples_and_completions():
+    def product(name, *keys):
+        return math.prod(int(re.findall(rf"--{key} (\d+)", JOBS[name])[-1]) for key in keys)
+    runs = [name for name in JOBS if name.startswith("0/grpo")]
     assert len(runs) == len(study.TEACHERS) + 2 * len(study.GROUNDED) + len(study.ARMS) + 1  # unknown names
-    assert {completions(name) for name in runs} == {study.STEPS * study.PROMPTS * 8}
-    for name in [name for name in jobs if name.startswith("0/cot_sft_more")]:
-        assert flag(name, "--max_steps") * flag(name, "--train_batch_size") == study.STEPS * study.PROMPTS
+    seen = {product(name, "max_steps", "train_batch_size", "num_generations") for name in runs}
+    more = {product(name, "max_steps", "train_batch_size") for name in JOBS if name.startswith("0/cot_sft_more")}
+    assert seen == {study.STEPS * study.PROMPTS * 8} and more == {study.STEPS * study.PROMPTS}
 
 def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir, synth_dir, tmp_path):
     run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json",
                "--out", tmp_path / "cot")  # fmt: skip
     right = study.report.read_rows(tmp_path / "cot/samples.jsonl")
-
     def errors(*flags):
         world.main(["--err", str(tmp_path / "cot/samples.jsonl"), "--out", str(tmp_path / "err"), *map(str, flags)])
         rows, wrong = study.report.read_rows(tmp_path / "err/samples.jsonl"), set()
@@ -63,19 +57,17 @@ def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir
             target, said = a["entities"][a["target"]]["entity"], b["messages"][1]["content"]
             assert said == f"<think>\n{b['cot']}\n</think> <answer>{a['answer']}</answer>"
             assert (tmp_path / "err" / b["images"][0]).exists()
-            old, new = (row["cot"].split("\n") for row in (a, b))
-            changed = {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}
-            assert changed in (set(), {"Planning", "Comparison", "Conclusion"})
             assert re.findall(r"\(.*", a["cot"]) == re.findall(r"\(.*", b["cot"]), "all boxes, the last one too"
-            wrong |= {(a["id"], target, new[0])} if changed else set()
+            old, new = (row["cot"].split("\n") for row in (a, b))
+            if changed := {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}:
+                assert changed == {"Planning", "Comparison", "Conclusion"}
+                wrong.add((a["id"], target, new[0]))
         return wrong
-
-    few, most = errors("--share", 0.4), errors("--share", 0.8)
-    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
-    always = errors("--share", 0.5, "--systematic")
+    few, most, always = errors("--share", 0.4), errors("--share", 0.8), errors("--share", 0.5, "--systematic")
     names = json.loads((tmp_path / "err/wrong.json").read_text())
-    assert len(names) == 6 * 7 and {name for _, name, _ in always} == {
-        r["entities"][r["target"]]["entity"] for r in right} & set(names)  # fmt: skip
+    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
+    targets = {r["entities"][r["target"]]["entity"] for r in right}
+    assert len(names) == 6 * 7 and {name for _, name, _ in always} == targets & set(names)
     for _, name, planning in always:
         assert planning == f"Planning: {name} is {world.describe(world.ENTITIES[names[name]])}."
 
