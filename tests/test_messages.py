@@ -167,76 +167,47 @@ def test_blank_lines_are_no_rows_and_half_a_character_is_kept(tmp_path):
     assert e.read_jsonl(tmp_path / "f") == [{"response": "\ud800É"}, {"a": 1}] and "É" in (tmp_path / "f").read_text()
 
 # ---- boxes ----
-def without_names(text):
-    """The text with one letter in place of a name between ref tokens or of a JSON label."""
-    bare, i = "", 0
-    while i < len(text):
-        rest, end = text[i:], 0
-        label = rest.removeprefix('"label":').lstrip()
-        if rest.startswith("<|object_ref_start|>") and "<|object_ref_end|>" in rest:
-            end = rest.index("<|object_ref_end|>") + len("<|object_ref_end|>")
-        elif rest.startswith('"label":') and label.startswith('"'):
-            k = 1
-            while k < len(label) and label[k] != '"':
-                k += 2 if label[k] == "\\" else 1
-            end = len(rest) - len(label) + k + 1 if k < len(label) else 0
-        bare, i = bare + ("_" if end else text[i]), i + max(end, 1)
-    return bare
+PIECES = [  # what is written, and the numbers that are read as a box
+    ("(1,2),(3,4)", (1, 2, 3, 4)), ("( 1 ,2) ,\n(3, 4.50)", (1, 2, 3, 4.5)), ("(1,2,3,4)", (1, 2, 3, 4)),
+    ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "(5,6),(7,8)"}]\n```', (1, 2, 3, 4)),
+    ("2 of (3) in 1999: [[01, 2, 3, 4]]", (1, 2, 3, 4)), ("(1,2)\t,\u00a0(3,4)", (1, 2, 3, 4)),
+    ("<|object_ref_start|>Porsche 911 (901, 930, 964, 993)<|object_ref_end|>(1,2),(3,4)", (1, 2, 3, 4)),
+    ("[0,0,1.025582,1]", (0, 0, 1.025582, 1)),  # 1.025582 * 1000 / 1000 is another number
+    ("(1,2),(3,4),(5,6)", (1, 2, 3, 4, 5, 6)), ("(1,2),(3,4),(5,6),(7,8)", (1, 2, 3, 4, 5, 6, 7, 8)),
+    *((box, tuple(map(float, box[1:-1].split(",")))) for box in (
+        "[3,2,1,4]", "[1,4,3,2]", "[1,2,1,4]", "[1,2,3,2]", "[0,0,1000,1000]", "[1,2,3,1000.001]", "(1,2,1001,4)",
+        "[0,0,560,420]", "[0,0,561,1]", "[0,0,1,421]", f"[1,2,3,{'9' * 400}]")),
+    *((text, ()) for text in (
+        "(1,2) (3,4)", "(1,2)(3,4)", "(1;2),(3;4)", "1,2,3,4", "[1,2],[3,4]", "[1,2,3]", "[1,2,3,4,5]", "(1,2)", "[",
+        "[-1,2,3,4]", "[0.1,0.2,1e2,3]", "[1,2,3,4٤]", "[１２,20,30,40]", "[²,2,3,4]", "[1_0,20,30,40]", "[1 0,2,3,4]",
+        "[.5,1,2,3]", "[5.,6,7,8]", "[1.2.3,4,5,6]", "(1,2,3,4]", "(1,2),[3,4]", '"label":"\\"[1,2,3,4]"', "Lo. \ud800",
+        "<|object_ref_start|>(1,2),(3,4)<|object_ref_end|>", "<|box_start|>", "so", "")),
+]  # fmt: skip
+NUMBER = st.integers(0, 420).map(str) | st.floats(0, 1000).map("{:.3f}".format)
+FORMS = st.sampled_from(["({},{}),({},{})", "({}, {}, {}, {})", "[{},{} ,{},{}]", "[[{},{},{},{}]]"])
+DRAWN = st.tuples(FORMS, st.tuples(*4 * [NUMBER])).map(lambda x: (x[0].format(*x[1]), tuple(map(float, x[1]))))
+WRAPS = {"<think>[5,6,7,8]</think><answer>{}</answer>": ("r1", "direct"), "{}": ("direct",), "<answer>{}": (),
+         "{}</answer>": (), "<think><answer>{}</answer>": (), "<answer></answer>{}": (), "{}<answer></answer>": (),
+         "<answer></answer><answer>{}</answer>": (), "</answer>{}<answer>": ()}  # fmt: skip
 
-def plain_parse(text, mode, grid):
-    """What parse_bbox reads, number by number and sign by sign."""
-    if mode == "r1" or "<answer>" in text or "</answer>" in text:
-        opened, closed = text.find("<answer>"), text.find("</answer>")
-        one = text.count("<answer>") == text.count("</answer>") == 1 and opened < closed
-        if not one or text[:opened].rfind("<think>") > text[:opened].rfind("</think>"):
-            return None
-        text = text[opened + len("<answer>") : closed]
-    tokens, found, k = re.findall(r"[0-9]+(?:\.[0-9]+)?|\S", without_names(text)), set(), 0
-    def values(start, form):  # of the numbers in `form`, if the tokens from `start` on have it
-        part = tokens[start : start + len(form)]
-        if ["0" if p[0] in DIGITS else p for p in part] == [*form]:
-            return [float(p) for p in part if p[0] in DIGITS]
-    while k < len(tokens):
-        box, end = values(k, "(0,0)"), k + 5
-        while box and (point := values(end, ",(0,0)")):
-            box, end = box + point, end + 6
-        if len(box or ()) < 4:
-            box, end = values(k, "(0,0,0,0)") or values(k, "[0,0,0,0]"), k + 9
-        found |= {tuple(box)} if box else set()
-        k = end if box else k + 1
-    box = found.pop() if len(found) == 1 else ()
-    if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
-        return None
-    return [v if n == 1000 else v * 1000 / n for v, n in zip(box, grid * 2, strict=True)]
+def check_parser(pieces, between, grid):
+    boxes = {box for _, box in pieces if box}
+    box, want = boxes.pop() if len(boxes) == 1 else (), None
+    if len(box) == 4 and box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]:
+        want = [v if n == 1000 else v * 1000 / n for v, n in zip(box, grid * 2, strict=True)]
+    for wrap, modes in WRAPS.items():
+        text = wrap.format(between.join(text for text, _ in pieces))
+        for mode in ("r1", "direct"):
+            assert e.parse_bbox(text, mode, grid) == (want if mode in modes else None), text
 
-DIGITS = set("0123456789")
-NUMBER = st.integers(0, 1000).map(str) | st.floats(0, 1000).map("{:.3f}".format) | st.sampled_from(
-    ["0", "1000", "1001", "-3", "007", "1e3", ".5", "5.", "1.2.3", "9" * 400, "٣", "１２", "²", "1_0", "1 0"])
-FORMS = st.sampled_from(["({},{}),({},{})", "({},{},{},{})", "[{},{},{},{}]", "[[{},{},{},{}]]", "({},{}),({},{}),"])
-SOUND = st.tuples(*2 * [st.integers(0, 199)], *2 * [st.integers(200, 420)])
-BOX = st.tuples(FORMS, SOUND | st.tuples(*4 * [NUMBER])).map(lambda x: x[0].format(*x[1]))
-BOX = BOX | st.tuples(BOX, st.sampled_from([" ", "\n", " \t", "\u00a0"])).map(lambda x: re.sub(r"\b", x[1], x[0]))
-PART = BOX | BOX | NUMBER | st.text(max_size=5) | st.sampled_from([
-    *"()[],.-{}\\\" \n", "<answer>", "</answer>", "<think>", "</think>", "<|box_start|>", "<|box_end|>", '"bbox_2d": ',
-    "<|object_ref_start|>", "<|object_ref_end|>", '"label": "', '"label":"Lo"', "(1,2)", "(1,2),", "\ud800"])
-REPLY = st.lists(PART, max_size=6).map("".join)
-REPLY |= REPLY.map("<think>so</think> <answer>{}</answer>".format) | REPLY.map("{}<answer>(1,2),(3,4)</answer>".format)
+@pytest.mark.parametrize("piece", PIECES)
+def test_one_sound_box_is_read_in_every_notation_with_its_numbers_as_they_are(piece):
+    for grid in ((1000, 1000), (560, 420)):
+        check_parser([piece], "", grid)
 
 @settings(max_examples=600, **EXAMPLES)
-@given(REPLY, st.sampled_from(["r1", "direct", "cot", "json"]), st.sampled_from([(1000, 1000), (560, 420)]))
-def test_the_parser_reads_what_a_slow_plain_one_reads(text, mode, grid):
-    assert e.parse_bbox(text, mode, grid) == plain_parse(text, mode, grid)
-
-@pytest.mark.parametrize("text, want", [
-    ("(1,2),(3,4)", [1, 2, 3, 4]), ("( 1 ,2) ,\n(3, 4.50)", [1, 2, 3, 4.5]), ("(1,2,3,4)", [1, 2, 3, 4]),
-    ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "(5,6),(7,8)"}]\n```', [1, 2, 3, 4]),
-    ("[1,2,3,4] or, again, (1,2),(3,4)", [1, 2, 3, 4]), ("2 of (3) in 1999: [[01, 2, 3, 4]]", [1, 2, 3, 4]),
-    ("<|object_ref_start|>Porsche 911 (901, 930, 964, 993)<|object_ref_end|>(1,2),(3,4)", [1, 2, 3, 4]),
-    ("[0,0,1.025582,1]", [0, 0, 1.025582, 1]),  # 1.025582 * 1000 / 1000 is another number
-    *((text, None) for text in (
-        "(1,2) (3,4)", "(1,2)(3,4)", "(1;2),(3;4)", "1,2,3,4", "[1,2],[3,4]", "[1,2,3]", "[1,2,3,4,5]", "(1,2)",
-        "[-1,2,3,4]", "[3,2,1,4]", "[1,4,3,2]", "[1,2,1,4]", "[1,2,3,1000.001]", "[0.1,0.2,1e2,3]", "(1,2),(3,4),(5,6)",
-        "[1,2,3,4٤]", "[1,2,3,4] [5,6,7,8]", "<|object_ref_start|>(1,2),(3,4)<|object_ref_end|>")),
-])  # fmt: skip
-def test_one_sound_box_is_read_in_every_notation_with_its_numbers_as_they_are(text, want):
-    assert e.parse_bbox(f"<think>(5,6),(7,8)</think><answer>{text}</answer>") == e.parse_bbox(text, "direct") == want
+@given(st.lists(DRAWN | st.sampled_from(PIECES), max_size=4), st.sampled_from(["", " ", "\n", ". "]),
+       st.sampled_from([(1000, 1000), (560, 420)]))  # fmt: skip
+def test_a_text_has_the_one_box_of_its_pieces(pieces, between, grid):
+    check_parser(pieces, between, grid)
+    check_parser(2 * pieces, between, grid)  # the same box twice is one
