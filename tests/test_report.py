@@ -48,15 +48,14 @@ def evaluation(folder, rows, **args):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """60 cases on 12 pictures. Run a: every third wrong, pictures are files. Run b: the first 30 wrong, pictures are in
-    a parquet, case 0 is hostile, 3 has no box. Run kinds: letters, a box without a truth, four samples of one case.
-    """
-    out, cases = tmp_path_factory.mktemp("report"), []
-    for i in range(60):
-        path = out / f"p{i // 5}.png"
-        Image.new("RGB", (160, 120), (4 * i, 100, 90)).save(path)
-        cases.append({"question_id": f"q{i}", "image": {"bytes": path.read_bytes()}})
+    a parquet, case 0 is hostile, 3 has no box. Run kinds: letters, a box without a truth, four samples of one case."""
+    out = tmp_path_factory.mktemp("report")
+    paths = [out / f"p{i // 5}.png" for i in range(60)]
+    for i, path in enumerate(paths[::5]):
+        Image.new("RGB", (160, 120), (20 * i, 100, 90)).save(path)
+    cases = [{"question_id": f"q{i}", "image": {"bytes": path.read_bytes()}} for i, path in enumerate(paths)]
     pq.write_table(pa.Table.from_pylist(cases), out / "bench.parquet")
-    evaluation(out / "a", [row(i, i % 3 > 0, image=str(out / f"p{i // 5}.png")) for i in range(60)])
+    evaluation(out / "a", [row(i, i % 3 > 0, image=str(path)) for i, path in enumerate(paths)])
     rows = [row(i, None if i in (0, 3) else i >= 30) for i in range(60)]
     rows[0] |= {"response": HOSTILE, "entity": HOSTILE}
     evaluation(out / "b", rows, bench=str(out / "bench.parquet"), model=HOSTILE)
@@ -76,12 +75,12 @@ def test_a_page_has_every_case_and_picture_as_far_as_they_are_there_and_no_text_
         assert len(data["pictures"]) == 12 and len(data["cases"]) == (30 if path.parent.name == "c" else 60), path
         assert page.count("<script") == page.count("</script>") == 2 and not re.search("<img src=x|<b>x", page)
         assert not re.search(r"https?://|@import|url\(|src=\"", page) and "&lt;b&gt;x&lt;/b&gt; (unseen)" in page
-    assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in (folder / "b/report.html").read_text("utf-8")
     assert embedded(folder / "b/report.html")["cases"][0][0]["response"] == HOSTILE
     report.page(folder / "b", bench=folder / "gone.parquet", max_cases=4, out=folder / "few.html")
     data, page = embedded(folder / "few.html"), (folder / "few.html").read_text("utf-8")
     assert [c[0]["question_id"] for c in data["cases"]] == ["q0", "q15", "q30", "q45"] and data["pictures"] == {}
     assert "4 of them are shown, evenly drawn. 4 pictures were not found" in page
+    assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in page
 
 def test_a_thumbnail_is_small_turned_upright_and_on_white(tmp_path):
     exif = Image.Exif()
@@ -151,9 +150,6 @@ def test_other_names_are_those_of_the_category_and_the_rates_those_of_right_and_
     done = run_script("tools/report.py", "reasoning", evaluation(tmp_path / "r", rows))
     assert done.stdout == "Reasoning that contradicts its answer: 0.0 % of 2 correct and 100.0 % of 1 wrong answers.\n"
     assert json.loads((tmp_path / "r/reasoning.json").read_text())["all"]["contradicts"] == 1 / 3
-    text = "<think>Planning: a disc\nVisual Analysis:\na bowl (1,2),(3,4)\na disc\nComparison: a bowl</think>"
-    said = {"Planning": False, "Visual Analysis": False, "Comparison": True, "Conclusion": True}
-    assert {part: report.lacks(text, part, "a disc") for part in said} == said
 
 def test_known_and_unknown_follow_karls_split_and_the_unrated_stay_out(tmp_path):
     table = {i: {"mastery": m} for i, m in ((0, 0.7), (2, 0.3), (3, 0.29))} | {1: {"knowledge_category": LEVELS[1]}}
