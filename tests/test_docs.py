@@ -54,13 +54,11 @@ def test_files_and_names_exist(text):
         elif re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", code) and not re.fullmatch(r"[0-9a-f]{7}", code):
             assert all(re.search(rf"(\b|(?<=grpo_)){part}\b", said) for part in code.split(".")), code
 
-def test_the_algorithm_is_told_by_functions_of_train_grpo():
+def test_the_algorithm_is_told_by_functions_of_train_grpo_and_every_metric_is_explained():
     names = dict(defined(CODE["train_grpo.py"])).keys() | {"iou", "format", "dense_iou", "binary"}
     told = {code for code in inline(SECTIONS["GRPO as executed"]) if not code.startswith(("--", "<"))}
     assert told <= names and len(told) >= 12 and len(shown := re.findall(r"^# .*?: (\w+)", CHANGES, re.M)) == 6
     assert {*shown} <= names
-
-def test_every_metric_is_explained_and_is_one():
     grpo, sft, ask = (importlib.import_module(name) for name in ("train_grpo", "train_sft", "eval_kvg"))
     table, rest = SECTIONS["Metrics"].split("\n\n`metrics.json`")
     told = {key for line in table.splitlines() if line.startswith("| `") for key in inline(line.split("|")[1])}

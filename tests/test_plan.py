@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 sys.path.insert(0, str(ROOT / "tools"))
 import plan as t  # noqa: E402
 
+
 def row(model, grid, spans):
     """What a model takes for a prompt with an image of rows x columns patches, packed with its completions."""
     vision, (rows, columns), tokens = model.config.vision_config, grid, sum(spans)
@@ -27,20 +28,19 @@ def row(model, grid, spans):
     return dict(input_ids=ids, position_ids=torch.arange(tokens).expand(3, 1, tokens), use_cache=False,
                 pixel_values=pixels, image_grid_thw=torch.tensor([[1, rows, columns]]))  # fmt: skip
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_equal_those_torch_counts(family, frozen):
+def test_flops_equal_those_torch_counts(family):
     """Torch's plain attention computes whole squares, also of tokens that are not seen."""
     model, grid, tokens = build_tiny(family)[0].train(), (12, 22), 90
-    model.model.visual.requires_grad_(not frozen)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits = model(**row(model, grid, [tokens])).logits
-        forward = counter.get_total_flops()
-        logits.sum().backward()
-    s = t.model_sizes(model)
-    decoder = t.decoder_flops(s, tokens, tokens**2, tokens)
-    assert forward == decoder + t.vision_flops(s, *grid)
-    assert counter.get_total_flops() == 3 * decoder + t.vision_flops(s, *grid, trained=not frozen)
+    for trained in (True, False):
+        model.model.visual.requires_grad_(trained)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            logits = model(**row(model, grid, [tokens])).logits
+            forward = counter.get_total_flops()
+            logits.sum().backward()
+        decoder = t.decoder_flops(s := t.model_sizes(model), tokens, tokens**2, tokens)
+        assert forward == decoder + t.vision_flops(s, *grid)
+        assert counter.get_total_flops() == 3 * decoder + t.vision_flops(s, *grid, trained=trained)
 
 def attend(module, query, key, value, attention_mask, scaling=None, spans=(), **kwargs):
     """Keeps what attention of a packed row keeps: copies of the prompt's keys and values for each completion."""
@@ -75,11 +75,9 @@ def test_activations_are_what_autograd_saves_and_the_peak_of_a_pass(family, chec
 def test_a_chunk_of_logits_takes_16_bytes_each():
     """lm_head and log-probs, forward and backward, computed twice."""
     head, hidden = torch.nn.Linear(8, 20000, bias=False).bfloat16(), torch.randn(200, 8).bfloat16().requires_grad_()
-
     def score(hidden):
         logits = head(hidden).float().index_fill(-1, torch.tensor([5]), float("-inf")) / 0.8
         return logits[:, 7] - logits.logsumexp(-1)
-
     peak = peak_bytes(lambda: torch.utils.checkpoint.checkpoint(score, hidden, use_reentrant=False).sum().backward())
     assert t.LOGIT * 200 * 20000 == pytest.approx(peak, rel=0.1)
 
@@ -151,10 +149,10 @@ def test_table_has_every_model_and_the_numbers_of_a_plain_sum(tmp_path, capsys):
     assert t.decoder_flops(s, 1024, t.attended_pairs(1024), 0) == pytest.approx(13.58e12, rel=1e-3)
     assert t.vision_flops(s, 40, 50) == pytest.approx(3.22e12, rel=0.01) and t.attended_pairs(3, 2, 1) == 6 + 4 + 5 + 4
 
-@pytest.mark.parametrize("run", ["sft", "grpo"])
-def test_flags_and_bucket_are_those_of_the_trainers(run):
-    text, ours = (ROOT / f"train_{run}.py").read_text("utf-8"), vars(t.parse_args([run, "--model", "x"]))
-    theirs = dict(re.findall(r'"--(\w+)",\s*type=\w+,\s*default=([\w.]+)', text))
-    same = theirs.keys() & ours.keys()
-    assert len(same) >= 4 and {flag: str(ours[flag]) for flag in same} == {flag: theirs[flag] for flag in same}
+def test_flags_and_bucket_are_those_of_the_trainers():
+    for run in ("sft", "grpo"):
+        text, ours = (ROOT / f"train_{run}.py").read_text("utf-8"), vars(t.parse_args([run, "--model", "x"]))
+        theirs = dict(re.findall(r'"--(\w+)",\s*type=\w+,\s*default=([\w.]+)', text))
+        same = theirs.keys() & ours.keys()
+        assert len(same) >= 4 and {flag: str(ours[flag]) for flag in same} == {flag: theirs[flag] for flag in same}
     assert f'"reduce_bucket_size": {t.BUCKET}' in (ROOT / "ds_config.json").read_text("utf-8")

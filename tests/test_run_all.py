@@ -74,34 +74,28 @@ def run_all(python, tmp_path):
     run = partial(subprocess.run, capture_output=True, text=True)
     return lambda *args, **env: run(["bash", ROOT / "run_all.sh", *args], env=own | {k: str(env[k]) for k in env})
 
-@pytest.fixture
-def finished(tmp_path):
-    """A run folder in which every stage is done."""
-    (tmp_path / "run/.done").mkdir(parents=True)
+def test_a_finished_run_only_prints_its_table_and_from_forgets_a_stage_and_all_after_it_once(run_all, tmp_path):
+    run, scores = tmp_path / "run", {"n": 4, "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
+    (run / ".done").mkdir(parents=True)
     for name in STAGES:
-        (tmp_path / f"run/.done/{name}").write_text("1\n")
+        (run / ".done" / name).write_text("1\n")
     for i, name in enumerate(("base", "sft", "cot_sft", "grpo")):
-        m = {"n": 4, "acc": 0.25 * (i + 1), "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
+        m = scores | {"acc": 0.25 * (i + 1)}
         metrics = {"all": m, "seen": m, "unseen": None, "categories": {}, "seen_categories": []}
         metrics["args"] = {"seed": 0, "model": "m", "bench": "none", "prompt": "r1"}
-        (folder := tmp_path / f"run/eval_{name}").mkdir()
+        (folder := run / f"eval_{name}").mkdir()
         (folder / "predictions.jsonl").write_text("")
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    return tmp_path / "run"
-
-def test_a_finished_run_only_prints_its_table(finished, run_all):
     done = run_all()
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text())
     assert {*results["seconds"]} == {*STAGES} and [r["seen"] for r in results["rows"]] == [0.25, 0.5, 0.75, 1.0]
     assert re.search(r"\| grpo +\| +4 \| +100.0 \(10.0 to 90.0\) \| +- \|", done.stdout)
-    assert f"{finished}/results.json" in done.stdout and f"{finished}/eval_grpo/report.html" in done.stdout
-
-def test_from_forgets_that_stage_and_all_after_it_once(finished, run_all):
+    assert f"{run}/results.json" in done.stdout and f"{run}/eval_grpo/report.html" in done.stdout
     done = run_all(FROM="train_grpo", NNODES=2, MASTER_ADDR="host")
-    assert done.returncode and "bash run_all.sh forget once" in done.stderr and (finished / "eval_grpo").exists()
-    assert run_all("forget", FROM="train_grpo").returncode == 0 and not (finished / "eval_grpo").exists()
-    assert {*os.listdir(finished / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
+    assert done.returncode and "bash run_all.sh forget once" in done.stderr and (run / "eval_grpo").exists()
+    assert run_all("forget", FROM="train_grpo").returncode == 0 and not (run / "eval_grpo").exists()
+    assert {*os.listdir(run / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
 
 def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
     (tmp_path / "bench.jsonl").write_text('{"image": "none.png", "question": "Where?"}\n')
