@@ -38,7 +38,7 @@ def run(stage, out, **flags):
     (row(answer=ANSWER + ANSWER.replace("10", "11")), "answer is not"),
     (row(answer="here") | {"answer": "here"}, "answer is not"),
     *[(row(think), "not 20 to 60 words") for think in ("Lo is here.", THINK * 5)],
-    (row(THINK.replace("Lo", "Mi")), "target not named"),
+    *[(row(THINK.replace("Lo", name)), "target not named") for name in ("Mi", "Lower")],
     *[(row(THINK + token), "markup") for token in ("<|im_end|>", "<|box_start|>", "<image>")],
     (row(THINK + " It may be (10,20),(3000,400)."), "a box in the reasoning"),
     (row(THINK + " No: (500,500),(900,900)."), "ends at another box"),

@@ -56,9 +56,7 @@ def test_the_published_form_cancels_where_the_advantage_form_does_not(monkeypatc
         _, weighted, weights = scored(texts, level, "advantage", monkeypatch)
         assert weighted == pytest.approx([1.5 * up, *[-0.5 * down] * 3], abs=1e-2)
         assert weights == pytest.approx([up, down, down, down])
-
-def test_a_group_without_signal_is_left_alone(monkeypatch):
-    assert scored([MISS] * 4, "completely incorrect", "advantage", monkeypatch)[1:] == [[0.0] * 4, [1.0] * 4]
+    assert scored([MISS] * 4, level, "advantage", monkeypatch)[1:] == [[0.0] * 4, [1.0] * 4], "no signal, no weight"
 
 @pytest.mark.parametrize("form", ["advantage", "reward"])
 def test_a_run_weighs_what_it_is_told_to(form, tiny_dir, synth_dir, tmp_path):

@@ -2,9 +2,9 @@
 
 import importlib
 import json
-import math
 import os
 import re
+from functools import partial
 
 import grounded  # noqa: F401, adds its rewards
 import pytest
@@ -17,34 +17,23 @@ def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-JOBS = {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
-
-def test_every_command_is_one_that_its_script_takes():
-    for name, command in JOBS.items():
+def test_every_command_is_one_that_its_script_takes_and_the_parts_can_run_one_after_the_other():
+    jobs = {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
+    for name, command in jobs.items():
         script, *flags = command.split()
         script = "train_grpo.py" if script == "tests/toy/grounded.py" else script
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
-
-def test_the_parts_can_run_one_after_the_other():
-    waits, done = {name: study.needs(name, command) for name, command in JOBS.items()}, set()
-    assert waits["0/world"] == waits["0/eval_base"] - {"0/world"} == set()
+            if script == "train_grpo.py":  # all see equally many completions
+                assert args.max_steps * args.train_batch_size * args.num_generations == study.STEPS * study.PROMPTS * 8
+    waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
     assert waits["0/cot_sft_more"] == {"0/cot_sft", "0/cot_more"}
     for part, _ in study.PARTS:
         todo = {f"0/{name}" for name in study.jobs_of(0, part)} - done
         while ready := {name for name in todo if waits[name] <= done}:
             todo, done = todo - ready, done | ready
         assert not todo, part
-
-def test_compared_runs_see_equally_many_samples_and_completions():
-    def product(name, *keys):
-        return math.prod(int(re.findall(rf"--{key} (\d+)", JOBS[name])[-1]) for key in keys)
-    runs = [name for name in JOBS if name.startswith("0/grpo")]
-    assert len(runs) == len(study.TEACHERS) + 2 * len(study.GROUNDED) + len(study.ARMS) + 1  # unknown names
-    seen = {product(name, "max_steps", "train_batch_size", "num_generations") for name in runs}
-    more = {product(name, "max_steps", "train_batch_size") for name in JOBS if name.startswith("0/cot_sft_more")}
-    assert seen == {study.STEPS * study.PROMPTS * 8} and more == {study.STEPS * study.PROMPTS}
 
 def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir, synth_dir, tmp_path):
     run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json",
@@ -119,8 +108,8 @@ def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     texts.append(whole.replace(f"{look} (", "a white bowl (", 1))
     rows = [{"response": f"<think>\n{text}\n</think>"} for text in texts]
     evaluated(tmp_path / "0/eval_grpo", 1, *rows, {"correct": False, "response": whole})
-    runs = study.Runs(tmp_path, [0])
-    got = [round(runs.share("grpo", key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
+    share = partial(study.Runs(tmp_path, [0]).share, "grpo")
+    got = [round(share(key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
     assert got == [33, 33, 50, 33, 0, 33, 17]  # % of six: the part that is taken away, and all in the one without parts
-    assert round(runs.share("grpo", "boxes listed")[0], 2) == 1.33
-    assert runs.share("grpo", "no look in Planning", lambda x, s: not x["correct"]) == {0: 0}
+    assert round(share("boxes listed")[0], 2) == 1.33
+    assert share("no look in Planning", lambda x, s: not x["correct"]) == {0: 0}
