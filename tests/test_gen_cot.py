@@ -108,18 +108,15 @@ def test_what_is_accepted_passes_the_filter():
     theirs, odd = f.parse_args(["--stage", "cot", "--samples", "x", "--out", "y"]), "Porsche 911 (901, 930, 964, 993)"
     entities = [e | {"entity": {"Lo": odd, "Mi": "Ford (2010, 2012)"}.get(e["entity"], "Ra")} for e in ROW["entities"]]
     odd_row = ROW | {"entities": entities} | {k: ROW[k].replace("Lo", odd) for k in ("question", "answer")}
-
     def judged(chain, row):
         said = {"user": row["question"], "assistant": f"<think>\n{chain}\n</think> <answer>{row['answer']}</answer>"}
         row = row | {"messages": [{"role": role, "content": said[role]} for role in said]}
         return gen_cot.judge(chain, False, row, ARGS)[1], f.broken_row(row, Counter(), theirs)
-
     bullets = "".join(f"{i}. object\n- four round wheels\n" for i in range(5)) + "2. "
     for change in (("Lo", "Lo"), ("Lo", "LO"), ("red all", "red " * 700), ("2. ", bullets)):
         named = re.sub(r"\bLo\b", odd, FINE.replace(*change), flags=re.I).replace("Mi (5", "ford (2010, 2012), (5")
         assert judged(FINE.replace(*change), ROW) == judged(named, odd_row) == (None, None)
     assert judged(FINE.replace("Lo", "Zu"), ROW) == ("target not named", "target not named")
-    assert (theirs.min_words, theirs.max_words) == (ARGS.min_words, ARGS.max_words)
     tokens = FINE.replace(LAST, f"<|box_start|>{LAST}<|box_end|>") + "\n"  # Qwen's own are dropped
     assert gen_cot.judge(tokens, False, ROW, ARGS) == (FINE, None)
     assert gen_cot.judge(FINE, True, ROW, ARGS)[1] == "cut off: ran into --max_completion_length"
@@ -133,7 +130,6 @@ def test_the_prompt_tells_all_names_and_boxes():
 class Teacher(BaseHTTPRequestHandler):
     """A prompt first meets the faults of its row, by the number at the end of the target's name, then a good chain."""
     log_message = staticmethod(print)
-
     def do_POST(self):
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
         image, text = body["messages"][0]["content"]
