@@ -137,15 +137,15 @@ class Teacher(BaseHTTPRequestHandler):
         target, box = re.search(r"The bounding box of (.*) is (.*)\.", text["text"]).groups()
         with server.lock:
             server.keys.add(self.headers["Authorization"])
-            faults = server.left.setdefault(target, [*server.faults[int(target.split()[-1]) % len(server.faults)]])
+            number = int(re.search(r"\d*$", target)[0] or 0) % len(server.faults)
+            faults = server.left.setdefault(target, [*server.faults[number]])
             fault = faults.pop(0) if faults else None
             server.counts[fault] += 1
             fault = 401 if server.counts[None] > server.quits_after else fault
         time.sleep(1.5 if fault == "slow" else 0)
         if fault == "drop":
             return self.connection.close()
-        # a line separator that JSON does not escape, and half a character
-        chain = FINE.replace("Lo", target).replace(LAST, box).replace("outline.", "outline.\u2028\ud83d", 1)
+        chain = FINE.replace("Lo", target).replace(LAST, box).replace("outline.", f"outline.{server.odd}", 1)
         choice = {"message": {"content": "blah" if fault == "garbage" else chain}, "finish_reason": "stop"}
         answer = {"id": "1", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
         status = fault if isinstance(fault, int) else 200
@@ -159,11 +159,21 @@ class Teacher(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(sent)
 
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+def serve(port):
+    """A server without faults."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), Teacher)
+    server.lock, server.keys, server.left, server.counts = threading.Lock(), set(), {}, Counter()
+    server.faults, server.quits_after, server.odd = [[]], 10**9, ""
+    return server
+
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
-    server.lock, server.keys, server.left, server.counts = threading.Lock(), set(), {}, Counter()
-    server.faults, server.quits_after = [[]], 10**9
+    server = serve(0)
+    server.odd = "\u2028\ud83d"  # a line separator that JSON does not escape, and half a character
     server.flags = ["--teacher", "openai", "--teacher_model", "big", "--request_timeout", 1, "--base_url",
                     f"http://127.0.0.1:{server.server_port}/v1"]  # fmt: skip
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -21,22 +21,11 @@ said=$(cat <&3)
 echo "${said%$'\n'*}"
 exit "${said##*$'\n'}"
 """
-VLLM = """#!PYTHON
-import json, re
-from http.server import BaseHTTPRequestHandler, HTTPServer
-class Teacher(BaseHTTPRequestHandler):
-    def do_GET(self, body=b""):
-        self.send_response(200), self.end_headers(), self.wfile.write(body)
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = asked["messages"][0]["content"][1]["text"]
-        target, box = re.search(r"The bounding box of (.*) is (.*)\\.\\n", prompt).groups()
-        listed = prompt.split("shows ")[1].split(".\\n")[0].replace("), ", ")\\n")
-        chain = f"Planning: recall the looks of {target}, a body and a band.\\nVisual Analysis:\\n{listed}\\n"
-        chain += f"Comparison: one of all these has them and no other.\\nConclusion: {target} {box}"
-        choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": chain}}
-        self.do_GET(json.dumps({"choices": [choice]}).encode())
-HTTPServer(("127.0.0.1", 8000), Teacher).serve_forever()
+VLLM = f"""#!{sys.executable}
+import sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+from test_gen_cot import serve
+serve(8000).serve_forever()
 """
 
 def program(path, text):
@@ -135,7 +124,7 @@ def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teac
     health = ["curl", "-s", "--noproxy", "*", "localhost:8000/health"]
     if not subprocess.run(health).returncode:
         pytest.skip("something else is served at port 8000")
-    program(tmp_path / "vllm", VLLM.replace("PYTHON", sys.executable, 1))
+    program(tmp_path / "vllm", VLLM)
     toy = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --exclude_distance 0 --num_workers 1"
     short, mastery = "--max_completion_length 32", f"--knowledge {tmp_path}/run/filter_grpo/mastery.json"
     env = dict(MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet", NPROC=2,
