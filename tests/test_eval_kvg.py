@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, TWO_RANKS, run_script, start_script
 from PIL import Image
+from test_synth_data import write
 
 import eval_kvg as e
 
@@ -27,10 +28,6 @@ BOX = "<|box_start|>({},{}),({},{})<|box_end|>"
 
 def answered(box, name="it"):
     return f"<think>I look.</think> <answer><|object_ref_start|>{name}<|object_ref_end|>{BOX.format(*box)}</answer>"
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
 
 def run(*flags):
     """main() in this process: (lines of predictions.jsonl, metrics, what it printed)."""
@@ -100,16 +97,14 @@ def test_a_run_killed_in_the_middle_of_a_line_goes_on_with_two_ranks_to_the_same
     got, want = (json.loads((folder / "metrics.json").read_text()) for folder in (out, greedy[0]))
     assert got | {"args": 0} == want | {"args": 0} and not [*out.glob("part-*")]
 
-def test_samples_follow_from_seed_question_and_number_alone(few, tmp_path):
-    """So they are the same in other batches and beside other questions."""
+def test_samples_follow_from_seed_question_and_number_alone_so_they_are_the_same_in_other_batches(few, tmp_path):
     pq.write_table(pq.read_table(few).slice(2, 2), tmp_path / "two.parquet")
     ask = ("--model", BASE, "--num_samples", 3, "--temperature", 1, "--prompt", "direct", "--max_completion_length", 32)
     rows, metrics, _ = run("--bench", few, *ask, "--out", tmp_path / "a")
-    assert run("--bench", few, *ask, "--out", tmp_path / "b", "--batch_size", 2)[0] == rows
-    assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "c")[0] == rows[6:12]
+    assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "b", "--batch_size", 4)[0] == rows[6:12]
     assert [r["sample"] for r in rows] == [0, 1, 2] * 6 and metrics["all"]["n"] == 18
     assert any(len({r["response"] for r in rows[i : i + 3]}) == 3 for i in range(0, 18, 3))
-    other = run("--bench", few, *ask, "--out", tmp_path / "d", "--seed", 1)[0]
+    other = run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0]
     assert sum(a["response"] != b["response"] for a, b in zip(rows, other, strict=True)) > 6
 
 # ---- a second run into a folder ----
@@ -141,7 +136,7 @@ def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, few, tmp_
     row = pq.read_table(few).to_pylist()[0]
     options = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "answer": "Mi"}
     (tmp_path / "a.png").write_bytes(row["image"]["bytes"])
-    path = write_rows(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
+    path = write(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
     for prompt, *more in (("r1", e.R1_SUFFIX, e.R1_SUFFIX.replace("(bounding box)", "(letter)")), ("direct", "", ""),
                           ("json", ", output its bbox coordinates using JSON format.", "")):  # fmt: skip
         flags = ("--bench", path, "--out", tmp_path / prompt, "--prompt", prompt)
@@ -158,7 +153,7 @@ def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_p
     base = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "category": "Car"}
     rows = [base | {"answer": "Mi"}, base | {"answer": "Lo"}, base | {"answer": "Mi", "question": "By name?"},
             base, {"image": "a.png", "question": "Where?"}, {"image": "a.png", "phrase": "Lo"}]  # fmt: skip
-    flags = ("--bench", write_rows(Path("s.jsonl"), rows), "--out", "out", "--prompt", "direct")
+    flags = ("--bench", write(Path("s.jsonl"), rows), "--out", "out", "--prompt", "direct")
     texts = {"Which": "B.", "By na": "mi", "Where": "left", "Find ": "(1,2),(3,4)"}
     rows, metrics, *_ = says(lambda text: texts[text[:5]], *flags)
     assert [r["correct"] for r in rows] == [True, False, True, None, None, None]
@@ -197,7 +192,7 @@ def test_own_pictures_go_through_without_a_conversion(says, tmp_path):
         Image.new("RGB", (h, w) if i == 7 else (w, h), "red").save(image, exif=exif if i == 7 else b"")
         rows.append({"image": f"in/{i}.jpg" if i % 2 else str(image), "phrase": name, "bbox_px": box})
         truth[name.strip()] = [250, 10000 / h, 1000, (h / 2 - 0.5) * 1000 / h]
-    flags = ("--bench", write_rows(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
+    flags = ("--bench", write(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
     def say(text):
         name = text.removesuffix(e.R1_SUFFIX).split("_start|>")[1].split("<|")[0]
         return answered(map(round, truth[name]), name)
@@ -244,7 +239,7 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
     answers[0] |= {"grid": [40, 20]}
     for answer, n in zip(answers[1:], (10, 20, 30), strict=False):
         answer |= {"num_tokens": n, "finished": n > 10}
-    write_rows(tmp_path / "b.jsonl", bench), write_rows(tmp_path / "p.jsonl", answers[::-1])
+    write(tmp_path / "b.jsonl", bench), write(tmp_path / "p.jsonl", answers[::-1])
     command = [sys.executable, *"eval_kvg.py --bench b.jsonl --predictions p.jsonl --out . --seen Disc".split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -306,9 +301,9 @@ def test_intervals_at_the_edges():
     assert 0.8 < low < 0.9 and high == 1 and interval([0.0] * 20, images) == pytest.approx([0, 1 - low])
     assert interval([1.0] * 40, twice) == [low, 1], "all right: an image counts once"
     assert interval([1.0, 0.0], ["one", "one"]) is None
-    # 3 right of 12: Wilson's with Student's t = 2.201 of 11 degrees of freedom; 40 of 100: with 1.984 of 99
-    assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.0751, 0.5778), abs=1e-3)
-    assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.3079, 0.4999), abs=1e-3)
+    # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.1990 by its series (2.2010); 40 of 100: 1.9842
+    assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.07517845, 0.57749819), abs=1e-8)
+    assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.30793903, 0.49971050), abs=1e-8)
     # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
     values = np.repeat(np.tile([0.0, 1.0], 10), 2)
     together, apart, even = (np.ptp(interval(v, i)) for v, i in (

@@ -173,7 +173,8 @@ FORMS = st.sampled_from(["({},{}),({},{})", "({}, {}, {}, {})", "[{},{} ,{},{}]"
 DRAWN = st.tuples(FORMS, st.tuples(*4 * [NUMBER])).map(lambda x: (x[0].format(*x[1]), tuple(map(float, x[1]))))
 WRAPS = {"<think>[5,6,7,8]</think><answer>{}</answer>": ("r1", "direct"), "{}": ("direct",), "<answer>{}": (),
          "{}</answer>": (), "<think><answer>{}</answer>": (), "<answer></answer>{}": (), "{}<answer></answer>": (),
-         "<answer></answer><answer>{}</answer>": (), "</answer>{}<answer>": ()}  # fmt: skip
+         "<answer></answer><answer>{}</answer>": (), "</answer>{}<answer>": (),
+         "<answer>{}</answer></answer>": ()}  # fmt: skip
 
 def check_parser(pieces, between, grid):
     boxes = {box for _, box in pieces if box}

@@ -83,8 +83,7 @@ def test_a_page_has_every_case_and_picture_as_far_as_they_are_there_and_no_text_
     assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in page
 
 def test_a_thumbnail_is_small_turned_upright_and_on_white(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    (exif := Image.Exif())[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGBA", (1500, 1000)).save(tmp_path / "turned.png", exif=exif)
     small = Image.open(io.BytesIO(base64.b64decode(report.thumbnail(tmp_path / "turned.png", 300))))
     assert small.size == (200, 300) and small.getpixel((9, 9)) == (255, 255, 255)
