@@ -301,7 +301,7 @@ def test_intervals_at_the_edges():
     assert 0.8 < low < 0.9 and high == 1 and interval([0.0] * 20, images) == pytest.approx([0, 1 - low])
     assert interval([1.0] * 40, twice) == [low, 1], "all right: an image counts once"
     assert interval([1.0, 0.0], ["one", "one"]) is None
-    # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.1990 by its series (2.2010); 40 of 100: 1.9842
+    # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.199 by its series; 40 of 100: 1.984
     assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.07517845, 0.57749819), abs=1e-8)
     assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.30793903, 0.49971050), abs=1e-8)
     # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
