@@ -91,7 +91,8 @@ def test_kept_rows_end_in_their_box_and_a_run_that_was_cut_in_the_same_bytes(wor
 @pytest.mark.parametrize("rule, text", [  # those of filter.py stand in its own test
     *[("headings", text) for text in ("", FINE.replace("## Visual Analysis", "## Looks"), "Sure, here it is.\n" + FINE,
                                       FINE + "\nConclusion: (10,20),(300,400)")],
-    *[("wrong final box", FINE.replace(LAST, box)) for box in ("left", "(60,20),(300,400)", LAST + ", (5,6),(7,8)")],
+    *[("wrong final box", FINE.replace(LAST, box)) for box in (
+        "left", "(60,20),(300,400)", LAST + ", (5,6),(7,8)", LAST + " or (500,600),(700,900)")],
     ("a box in the reasoning is none", FINE.replace("(500,600),(700,900)", "(500,600),(400,900)")),
     ("not 20 to 800 words", FINE.replace("red all", "red " * 900)),
     *[("betrays that the answer was given", FINE.replace("red all over", f"red all over, {phrase},")) for phrase in (

@@ -71,6 +71,8 @@ MESSAGES = [  # script, more flags, s.jsonl as rows or text, a line that it prin
     ("filter", "", rows(id="a"), "s.jsonl: 2 rows; want some, and no id twice"),
     ("eval_kvg", "", rows(id="a"), r"s.jsonl:2 \(a\): .*its id occurs twice; want unique ids"),
     ("synth_data", "", [], "s.jsonl: 0 usable, {}; want --min_entities of one category"),
+    ("gen_cot", "", [], "s.jsonl: 0 rows, 0 ids; want some, each once"),
+    ("filter", "", [], "s.jsonl: 0 rows; want some, and no id twice"),
     ("eval_kvg", "", [], "s.jsonl: no questions; want some"),
     ("filter", "", rows(), "rejected.jsonl: 0 of 2 rows kept, {'not one <think> .*': 2}; want some"),
     ("gen_cot", "--knowledge n.json", rows(), 'n.json: .*int.*; want JSON {"Name": {"description"}}'),
