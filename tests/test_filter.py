@@ -41,7 +41,7 @@ def run(stage, out, **flags):
     *[(row(think), "not 20 to 60 words") for think in ("Lo is here.", THINK * 5)],
     *[(row(THINK.replace("Lo", name)), "target not named") for name in ("Mi", "Lower")],
     *[(row(THINK + token), "markup") for token in ("<|im_end|>", "<|box_start|>", "<image>")],
-    (row(THINK + " It may be (10,20),(3000,400)."), "a box in the reasoning"),
+    *[(row(f"{THINK} It may be (10,20),({end})."), "a box in the reasoning") for end in ("3000,400", "300,4000")],
     *[(row(f"{THINK} No: (10,20),({x},400)."), "ends at another box") for x in ("150", "999")],  # IoU 0.48, 0.29
     (row(THINK + "\nso on" * 4 + "\nor not"), "repeats itself"),
 ])  # fmt: skip

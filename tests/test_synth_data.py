@@ -180,7 +180,7 @@ def test_a_box_in_an_image_of_400_x_300_is_clipped_by_1_px_and_a_models_is_doubt
 def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_path):
     source = make_source(tmp_path / "source")
     answers = [{"question_id": f"Cat/{'ab'[i % 2]}/{i}.png", "sample": k, "image": str(source), "correct": None,
-                "pred_bbox_1000": [0, 0, 500 + k, 500 - 495 * (i == 0)]} for i in range(7) for k in range(2)]
+                "pred_bbox_1000": [0, 0, 500 + 400 * k, 500 - 495 * (i == 0)]} for i in range(7) for k in range(2)]
     stats = synth(source, tmp_path / "out", "--boxes", write(tmp_path / "p.jsonl", answers))
     assert stats["left_out_sources"] == {"Cat/a/0.png": "too small", "Cat/b/7.png": "not listed"}
     for r in read(tmp_path / "out"):  # half of each picture
