@@ -255,7 +255,8 @@ def main():
             asked[s["id"]] = s
     def limit_bad_rows():
         if len(bad) > args.max_bad_rows or not asked:
-            raise InputError(f"{len(bad)} bad rows, {' | '.join(bad[:5])}; want questions, at most --max_bad_rows")
+            found = f"{len(asked)} questions, {len(bad)} bad rows, {' | '.join(bad[:5])}"
+            raise InputError(f"{args.bench}: {found}; want some, and at most --max_bad_rows")
     limit_bad_rows()
     if os.environ.get("RANK", "0") == "0":
         files = [Path(args.bench), *sorted(Path(args.model or out / "none").glob("*.safetensors"))]

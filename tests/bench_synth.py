@@ -1,14 +1,11 @@
 """Composites per second of synth_data.py from JPEG photos, against plain Pillow. By hand: python tests/bench_synth.py
 
-Smooth random photos (JPEG, 500x400) become composites of up to 401,408 px, written as PNG and as JPEG (quality 92). In
-every round, one after the other, so that other load on the machine falls on all:
+Smooth random photos (JPEG, 500x400) become composites of up to 401,408 px, PNG or JPEG (quality 92), in turns by
 
-  plain   one process: open, convert to RGB, resize, paste, save with Pillow's defaults. The layout is handed to it (our
-          own rows), so it draws nothing, maps no box, writes no row or preview; and it is timed without its start-up
+  plain   one process: open, convert, resize, paste, save with Pillow's defaults, without start-up; the layout is ours
   1, N    synth_data.py as a command, doing all it does, with 1 and with --workers processes
 
-That the pixels of PNG are equal is checked. Our rate is "steady": a run of 12 composites, which has all that is
-paid once (interpreter, processes, preview), is timed too and taken off.
+The pixels of PNG are checked to be equal. Of our time that of a run of 12 composites is taken off: what is paid once.
 """
 
 import json
@@ -44,7 +41,6 @@ def run_ours(source, out, count, workers, flags):
     tools.run(sys.executable, "synth_data.py", "--source", source, "--out", out, *flags)
 
 def run_plain(source, out, rows, options):
-    """What one would write without thinking of speed."""
     out.mkdir(parents=True)
     for row in rows:
         canvas = Image.new("RGB", (row["width"], row["height"]), (255, 255, 255))
@@ -54,15 +50,15 @@ def run_plain(source, out, rows, options):
             canvas.paste(tile, (x1, y1))
         canvas.save(out / Path(row["images"][0]).name, **options)
 
-def main():
+if __name__ == "__main__":
     p = tools.parser(__doc__, "synth")
     p.add_argument("--count", type=int, default=200, help=f"composites per run, more than {ONCE}")
     p.add_argument("--sources", type=int, default=200, help="photos")
     p.add_argument("--workers", type=int, default=2, help="processes of the second run of ours")
     args = p.parse_args()
-    result = {"args": vars(args)}
+    result, seconds = {"args": vars(args)}, tools.seconds_of
     with tempfile.TemporaryDirectory() as folder:
-        tmp, source, seconds = Path(folder), Path(folder, "source"), tools.seconds_of
+        tmp, source = Path(folder), Path(folder, "source")
         make_sources(source, args.sources)
         for kind, (flags, options) in FORMATS.items():
             run_ours(source, tmp / kind, args.count, args.workers, flags)
@@ -72,8 +68,8 @@ def main():
                 out = tmp / f"{kind}{n}"
                 rates.append({"plain": len(rows) / seconds(partial(run_plain, source, out / "plain", rows, options))})
                 for w in sorted({1, args.workers}):
-                    ours = (partial(run_ours, source, out / f"{w}-{k}", k, w, flags) for k in (ONCE, args.count))
-                    once, whole = map(seconds, ours)
+                    once, whole = (seconds(partial(run_ours, source, out / f"{w}-{k}", k, w, flags))
+                                   for k in (ONCE, args.count))  # fmt: skip
                     rates[-1][str(w)] = (args.count - ONCE) / (whole - once)
             for path in (tmp / f"{kind}0/plain").iterdir():
                 both = (np.asarray(Image.open(f)) for f in (tmp / kind / "images" / path.name, path))
@@ -83,6 +79,3 @@ def main():
                 result[f"{kind}, {side} / plain"] = tools.spread([r[side] / r["plain"] for r in rates])
                 tools.show(f"{kind}, {side}", result[f"{kind}/s, {side}"], "/s")
     tools.write_result(args.out, result)
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-SIDE = 560  # pixels of the photos: 400 visual tokens
 GEOMETRIES = {  # hidden, layers, heads, key heads, feed-forward; vision width, heads, depth; vocabulary, tied or not
     "tiny": (64, 2, 4, 2, 128, 64, 2, 1, 600, False),  # for tests
     "small": (256, 6, 4, 2, 1280, 128, 4, 1, 4096, False),  # FLOPs of vision: a fifth of a prefill, as in the 7B
@@ -31,7 +30,6 @@ def build_model(geometry, device="cpu", dtype=torch.float32):
     import make_toy
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.utils import logging
-
     logging.disable_progress_bar()
     hidden, layers, heads, key_heads, feed_forward, vision, vision_heads, depth, vocabulary, tied = GEOMETRIES[geometry]
     ids, section = make_toy.TOKENIZER.convert_tokens_to_ids, hidden // heads // 8
@@ -50,10 +48,10 @@ def build_model(geometry, device="cpu", dtype=torch.float32):
     return model, make_toy.TOKENIZER, make_toy.PROCESSOR
 
 def write_photos(folder, count):
-    """Noise photos of SIDE x SIDE pixels; every second a little narrower, as real ones differ."""
+    """Noise photos of 560 x 560 pixels, 400 visual tokens; every second a little narrower, as real ones differ."""
     paths = [f"{folder}/{i}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
-        pixels = np.random.default_rng(i).integers(0, 256, (SIDE, SIDE - 28 * (i % 2), 3), np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 256, (560, 560 - 28 * (i % 2), 3), np.uint8)
         Image.fromarray(pixels).save(path, quality=90)
     return paths
 
@@ -85,12 +83,10 @@ def seconds_of(function):
 def high_water(function, queue):
     """MB that the call which function() returns needs on top: resident set on the CPU, allocator on CUDA."""
     call, cuda = function(), torch.cuda.is_available()
-
     def now(key):
         if cuda:
             return {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}[key]() / 2**20
         return int(Path("/proc/self/status").read_text().split(key)[1].split()[1]) / 1024
-
     before = now("VmRSS")
     torch.cuda.reset_peak_memory_stats() if cuda else Path("/proc/self/clear_refs").write_text("5")
     call()
@@ -100,8 +96,7 @@ def peak_memory(function):
     """`high_water` in a process of its own, so that nothing freed before is used again."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.qwen2_vl.modeling_qwen2_vl"])
-    queue = context.Queue()
-    process = context.Process(target=high_water, args=(function, queue))
+    process = context.Process(target=high_water, args=(function, queue := context.Queue()))
     process.start()
     peak = queue.get(timeout=900)
     process.join()

@@ -17,20 +17,16 @@ p.add_argument("folder", type=Path, help="--out of eval_kvg.py, of a parquet wit
 p.add_argument("--case", required=True, help="its question_id")
 p.add_argument("--out", required=True, help="a PNG")
 args = p.parse_args()
-
 lines = (args.folder / "predictions.jsonl").read_text("utf-8").splitlines()
 case = next(r for r in map(json.loads, lines) if r["question_id"] == args.case)
 bench = json.loads((args.folder / "metrics.json").read_bytes())["args"]["bench"]
 rows = pyarrow.parquet.read_table(bench, columns=["question_id", "image"]).to_pylist()
-data = next(r["image"]["bytes"] for r in rows if r["question_id"] == args.case)
-image = Image.open(io.BytesIO(data)).convert("RGB")
-image = image.resize((660, round(660 * image.height / image.width)), Image.Resampling.LANCZOS)
-
+image = Image.open(io.BytesIO(next(r["image"]["bytes"] for r in rows if r["question_id"] == args.case)))
+image = image.convert("RGB").resize((660, round(660 * image.height / image.width)), Image.Resampling.LANCZOS)
 sheet = Image.new("RGB", (1560, image.height + 40), "white")
 sheet.paste(image, (20, 20))
-draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(21)
+draw, font, sides = ImageDraw.Draw(sheet), ImageFont.load_default(21), (image.width / 1000, image.height / 1000) * 2
 for box, color, width in ((case["gt_bbox_1000"], "#00845c", 7), (case["pred_bbox_1000"], "#c94a06", 3)):
-    sides = (image.width / 1000, image.height / 1000) * 2
     draw.rectangle([20 + v * n for v, n in zip(box, sides, strict=True)], outline=color, width=width)
 text = re.sub(r"<\|\w+\|>", "", case["question"] + "\n\n" + case["response"])
 draw.text((710, 20), text, "#1b2430", font, spacing=9)

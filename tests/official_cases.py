@@ -1,8 +1,7 @@
 """Makes official_cases.jsonl: 500 responses and what the released evaluator says of them, as data for test_eval_kvg.py.
 
 `python tests/official_cases.py --evaluator PATH`; PATH is deepperception/eval/evaluate.py of github.com/thunlp/KARL at
-commit 01b53d6^. Its file is run as it is; only what it imports from `datasets` (not used here), `tqdm` (not used) and
-torchvision (`box_area`) is stood in for, so that none of them has to be installed.
+commit 01b53d6^. Its file is run as it is; what it imports from `datasets`, `tqdm` and torchvision is stood in for.
 """
 
 import argparse
@@ -15,16 +14,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-STORED = Path(__file__).with_name("official_cases.jsonl")
-
-def number(rng, value):
-    """A coordinate as a model may write it."""
-    kind = rng.random()
-    return f"{value + rng.random():.{rng.randint(1, 3)}f}" if kind < 0.15 else f"{value}"
 
 def notation(rng, box):
-    """One box in one of the notations, with or without spaces and line breaks."""
-    x1, y1, x2, y2 = (number(rng, v) for v in box)
+    """One box in one of the notations, with or without decimals, spaces and line breaks."""
+    x1, y1, x2, y2 = (f"{v + rng.random():.{rng.randint(1, 3)}f}" if rng.random() < 0.15 else f"{v}" for v in box)
     s, t = rng.choice(("", "", " ", "\n")), rng.choice(("", " ", "  "))
     return rng.choice((
         f"({x1},{y1}),({x2},{y2})", f"({x1},{y1}),({x2},{y2})", f"({x1},{t}{y1}),{s}({x2},{t}{y2})",
@@ -52,9 +45,7 @@ def response(rng, box):
     """An answer as models give it, right or wrong in one of many ways."""
     near = [min(1000, max(0, v + rng.randint(-12, 12))) for v in box]
     other = [rng.randint(0, 500), rng.randint(0, 500), rng.randint(501, 1000), rng.randint(501, 1000)]
-    small = [v / 1000 for v in near]
-    kind = rng.randrange(13)
-    answer = notation(rng, near)
+    kind, answer = rng.randrange(13), notation(rng, near)
     think = " ".join(rng.choice(PROSE) for _ in range(rng.randint(0, 2)))
     if kind == 0:
         answer = rng.choice((" and ", " or\n", ",", "")).join(rng.sample([answer, notation(rng, other)], 2))
@@ -63,11 +54,11 @@ def response(rng, box):
     elif kind == 2:
         think, answer = think + notation(rng, near), rng.choice(PROSE)
     elif kind == 3:
-        answer = "({}, {}), ({}, {})".format(*small) if rng.random() < 0.5 else "[{}, {}, {}, {}]".format(*small)
+        answer = ("({}, {}), ({}, {})" if rng.random() < 0.5 else "[{}, {}, {}, {}]").format(*(v / 1000 for v in near))
     elif kind == 4:
         answer = rng.choice(ODD)
     elif kind == 5:
-        answer = notation(rng, [near[2], near[3], near[0], near[1]] if rng.random() < 0.5 else [v * 2 for v in near])
+        answer = notation(rng, near[2:] + near[:2] if rng.random() < 0.5 else [v * 2 for v in near])
     elif kind == 6:
         answer = f"{rng.choice(PROSE)} {answer} {rng.choice(PROSE)}"
     elif kind == 7:
@@ -78,9 +69,7 @@ def response(rng, box):
         return whole[: rng.randint(0, len(whole))]
     if kind == 9:
         return rng.choice((think + " ", "So the answer is ", "", "So the answer is (here), ")) + answer
-    if kind == 10:
-        return whole + rng.choice((answer, notation(rng, other), whole, rng.choice(ODD)))
-    return whole
+    return whole + rng.choice((answer, notation(rng, other), whole, rng.choice(ODD))) if kind == 10 else whole
 
 def evaluator(path):
     """The released file as a module."""
@@ -93,15 +82,13 @@ def evaluator(path):
     spec.loader.exec_module(module)
     return module
 
-def main():
+if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--evaluator", required=True, help="the released evaluate.py")
-    p.add_argument("--num_cases", type=int, default=500)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default=STORED)
+    p.add_argument("--out", default=Path(__file__).with_name("official_cases.jsonl"), type=Path)
     args = p.parse_args()
-    rng, released, lines = random.Random(args.seed), evaluator(args.evaluator), []
-    for _ in range(args.num_cases):
+    rng, released, lines = random.Random(0), evaluator(args.evaluator), []
+    for _ in range(500):
         gt = [rng.randint(0, 400), rng.randint(0, 400), rng.randint(450, 1000), rng.randint(450, 1000)]
         text = response(rng, gt)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -109,8 +96,5 @@ def main():
         official = {"bbox": [repr(v) for v in map(float, row["pred_bbox"])], "pattern": row["match pattern"],
                     "iou": row["iou"], "correct": metrics["all"]["Acc"] == 1}  # fmt: skip
         lines.append(json.dumps({"response": text, "gt_bbox_1000": gt, "official": official}) + "\n")
-    Path(args.out).write_text("".join(lines), encoding="utf-8")
+    args.out.write_text("".join(lines), encoding="utf-8")
     print(f"official_cases: {len(lines)} cases -> {args.out}")
-
-if __name__ == "__main__":
-    main()

@@ -25,18 +25,15 @@ SECTIONS = dict(part.split("\n", 1) for part in re.split(r"^## ", README, flags=
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 CONVERTER, CHANGES = (text for kind, text in BLOCKS if kind == "python")
 
-
 def inline(text):
     """What stands between single backticks, on one line."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
-
 
 def metric_keys(*functions):
     """Keys that these functions write into their dicts, with <name> for what is filled in."""
     source = "".join(map(inspect.getsource, functions))
     filled = (re.sub(r"\{(\w+)\}", r"<\1>", key) for key in re.findall(r'f"([a-z]+/[^"]*)"', source))
     return {*re.findall(r'"([\w/@.]+)"(?::|\] [|/*]?=)', source), *filled}
-
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "run_all.sh", *SCRIPTS, *TOOLS])
 def test_flags_exist_in_the_script_that_they_are_given_to(name):
@@ -48,7 +45,6 @@ def test_flags_exist_in_the_script_that_they_are_given_to(name):
         if found := re.search(r"(?:^|python )((?:\w+/)*\w+\.py) ([^#]*)", command):
             assert not {*FLAG.findall(found[2])} - FLAGS[found[1]], command
 
-
 @pytest.mark.parametrize("text", DOCS)
 def test_files_and_names_exist(text):
     said = "\n".join([*CODE.values(), (ROOT / "run_all.sh").read_text("utf-8"), *re.findall(r"^\|.*", RESULTS, re.M)])
@@ -58,22 +54,17 @@ def test_files_and_names_exist(text):
         elif re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", code) and not re.fullmatch(r"[0-9a-f]{7}", code):
             assert all(re.search(rf"(\b|(?<=grpo_)){part}\b", said) for part in code.split(".")), code
 
-
-def test_the_algorithm_is_told_by_functions_of_train_grpo():
+def test_the_algorithm_is_told_by_functions_of_train_grpo_and_every_metric_is_explained():
     names = dict(defined(CODE["train_grpo.py"])).keys() | {"iou", "format", "dense_iou", "binary", "grounded_0.7"}
     told = {code for code in inline(SECTIONS["GRPO as executed"]) if not code.startswith(("--", "<"))}
     assert told <= names and len(told) >= 12 and len(shown := re.findall(r"^# .*?: (\w+)", CHANGES, re.M)) == 6
     assert {*shown} <= names
-
-
-def test_every_metric_is_explained_and_is_one():
     grpo, sft, ask = (importlib.import_module(name) for name in ("train_grpo", "train_sft", "eval_kvg"))
     table, rest = SECTIONS["Metrics"].split("\n\n`metrics.json`")
     told = {key for line in table.splitlines() if line.startswith("| `") for key in inline(line.split("|")[1])}
     assert told == metric_keys(grpo.step_metrics, grpo.main, grpo.log_step, sft.main) - {"ranks", "torch"}
     assert metric_keys(ask.split_metrics) <= {*inline(rest)}
     assert {k for k in inline(rest) if k.startswith("completions/")} <= metric_keys(ask.bench_metrics)
-
 
 def test_the_converter_makes_rows_that_are_asked_and_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -84,7 +75,6 @@ def test_the_converter_makes_rows_that_are_asked_and_trained_on(tmp_path, monkey
     for name in ("eval_kvg", "train_sft", "train_grpo"):
         (sample,), bad = importlib.import_module(name).read_samples([tmp_path / "mine.jsonl"])
         assert not bad and sample["bbox_1000"] == [100, 100, 500, 605] and ">Audi A4, red<" in sample["question"]
-
 
 def test_one_thing_is_changed_by_the_lines_that_are_shown():
     g, text = {"__name__": __name__, "__file__": str(ROOT / "train_grpo.py")}, CODE["train_grpo.py"]
@@ -104,7 +94,6 @@ def test_one_thing_is_changed_by_the_lines_that_are_shown():
         rolled.decode(graphs=False)
     assert {*rolled.tokens[:, 0].tolist()} <= {*likeliest}
 
-
 def test_every_number_that_is_claimed_stands_in_a_table_with_its_command_and_commit():
     number, sections = r"[+-]?\d+\.\d+", re.split(r"^#{2,3} ", RESULTS, flags=re.M)[1:]
     claims = [(s, c) for s in sections for c in re.findall(r"^\* .*(?:\n  .*)*", s, re.M)]
@@ -115,7 +104,6 @@ def test_every_number_that_is_claimed_stands_in_a_table_with_its_command_and_com
         assert {*re.findall(number, claim)} <= {*re.findall(number, tables)}, claim
         assert all(cell in tables for cell in re.findall(rf"{number} \({number} to {number}\)", claim)), claim
     assert len(claims) > 20 and all("`" in s and "commit" in s for s in re.split(r"^## ", RESULTS, flags=re.M)[3:])
-
 
 def test_the_readme_is_small_and_what_fits_is_the_planners_word(tmp_path):
     assert len(README.splitlines()) <= 250 and len(README.encode()) <= 20 * 1024 and len(CONVERTER.splitlines()) <= 10

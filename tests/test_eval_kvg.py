@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import FAMILIES, ROOT, TWO_RANKS, build_tiny, run_script, start_script
+from conftest import ROOT, TWO_RANKS, run_script, start_script
 from PIL import Image
+from test_synth_data import write
 
 import eval_kvg as e
 
@@ -27,10 +28,6 @@ BOX = "<|box_start|>({},{}),({},{})<|box_end|>"
 
 def answered(box, name="it"):
     return f"<think>I look.</think> <answer><|object_ref_start|>{name}<|object_ref_end|>{BOX.format(*box)}</answer>"
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
 
 def run(*flags):
     """main() in this process: (lines of predictions.jsonl, metrics, what it printed)."""
@@ -59,35 +56,29 @@ def says(monkeypatch, tiny_dir):
     return start
 
 @pytest.fixture(scope="module")
-def bench(world_dir):
-    """28 questions on 14 pictures of 7 categories, as KVG-Bench has them."""
-    return world_dir / "kvg-bench.parquet"
-
-@pytest.fixture(scope="module")
-def few(bench, tmp_path_factory):
-    pq.write_table(pq.read_table(bench).slice(0, 6), path := tmp_path_factory.mktemp("few") / "six.parquet")
+def few(world_dir, tmp_path_factory):
+    bench = pq.read_table(world_dir / "kvg-bench.parquet")  # 28 questions on 14 pictures of 7 categories
+    pq.write_table(bench.slice(0, 6), path := tmp_path_factory.mktemp("few") / "six.parquet")
     return path
 
 @pytest.fixture(scope="module")
-def greedy(bench, tmp_path_factory):
+def greedy(world_dir, tmp_path_factory):
     """(folder, flags) of a finished run in batches of 64."""
-    out = tmp_path_factory.mktemp("greedy")
+    out, bench = tmp_path_factory.mktemp("greedy"), world_dir / "kvg-bench.parquet"
     flags = ("--bench", bench, "--model", BASE, "--prompt", "direct", "--max_completion_length", 32, *SEEN)
     run(*flags, "--out", out, "--batch_size", 64)
     return out, flags
 
 # ---- asking, with a model ----
-def test_answers_stand_in_the_order_of_the_bench_and_do_not_depend_on_the_batch(greedy, bench, few, tmp_path):
+def test_answers_stand_in_the_order_of_the_bench_and_do_not_depend_on_the_batch(greedy, few, tmp_path):
     rows, metrics = e.read_jsonl(greedy[0] / "predictions.jsonl"), json.loads((greedy[0] / "metrics.json").read_text())
     assert run(*greedy[1], "--bench", few, "--out", tmp_path, "--batch_size", 1)[0] == rows[:6]
-    assert [r["question_id"] for r in rows] == pq.read_table(bench)["question_id"].to_pylist()
+    assert [r["question_id"] for r in rows] == pq.read_table(greedy[1][1])["question_id"].to_pylist()
     assert len({r["response"] for r in rows}) > 20 and 1 < sum(r["correct"] for r in rows) < 27
     assert all(r["image"] is None and r["sample"] == 0 and r["grid"] == [1000, 1000] for r in rows)
     tokens, cut = sum(r["num_tokens"] for r in rows), sum(not r["finished"] for r in rows)
     assert (metrics["completions/num_tokens"], metrics["completions/num_clipped"]) == (tokens, cut)
-    assert (metrics["completions/mean_length"], metrics["completions/clipped_ratio"]) == (tokens / 28, cut / 28)
-    assert metrics["all"]["parse_rate"] == 1 and metrics["args"]["batch_size"] == 64 and len(metrics["categories"]) == 7
-    assert len({r["image_id"] for r in rows}) == 14
+    assert metrics["all"]["parse_rate"] == 1 and len({r["image_id"] for r in rows}) == 14
 
 def test_a_run_killed_in_the_middle_of_a_line_goes_on_with_two_ranks_to_the_same_bytes(greedy, tmp_path):
     out, part, flags = tmp_path / "out", tmp_path / "out/part-0.jsonl", (*greedy[1], "--out", tmp_path / "out")
@@ -106,48 +97,31 @@ def test_a_run_killed_in_the_middle_of_a_line_goes_on_with_two_ranks_to_the_same
     got, want = (json.loads((folder / "metrics.json").read_text()) for folder in (out, greedy[0]))
     assert got | {"args": 0} == want | {"args": 0} and not [*out.glob("part-*")]
 
-def test_samples_follow_from_seed_question_and_number_alone(few, tmp_path):
-    """So they are the same in other batches and beside other questions."""
+def test_samples_follow_from_seed_question_and_number_alone_so_they_are_the_same_in_other_batches(few, tmp_path):
     pq.write_table(pq.read_table(few).slice(2, 2), tmp_path / "two.parquet")
     ask = ("--model", BASE, "--num_samples", 3, "--temperature", 1, "--prompt", "direct", "--max_completion_length", 32)
     rows, metrics, _ = run("--bench", few, *ask, "--out", tmp_path / "a")
-    assert run("--bench", few, *ask, "--out", tmp_path / "b", "--batch_size", 2)[0] == rows
-    assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "c")[0] == rows[6:12]
+    assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "b", "--batch_size", 4)[0] == rows[6:12]
     assert [r["sample"] for r in rows] == [0, 1, 2] * 6 and metrics["all"]["n"] == 18
     assert any(len({r["response"] for r in rows[i : i + 3]}) == 3 for i in range(0, 18, 3))
-    other = run("--bench", few, *ask, "--out", tmp_path / "d", "--seed", 1)[0]
+    other = run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0]
     assert sum(a["response"] != b["response"] for a, b in zip(rows, other, strict=True)) > 6
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_answers_alike_in_any_batch_on_the_grid_that_it_counts_in(family, few, tmp_path):
-    model, *rest = build_tiny(family)
-    for name, weight in model.named_parameters():  # else tied random embeddings say one token, whatever the prompt
-        weight.data *= 5 if any(part in name for part in ("proj", "fc", "merger")) else 1
-    for part in (model, *rest):
-        part.save_pretrained(tmp_path / "model")
-    flags = ("--bench", few, "--model", tmp_path / "model", "--max_completion_length", 12)
-    one, many = (run(*flags, "--out", tmp_path / str(n), "--batch_size", n)[0] for n in (1, 64))
-    grid = [168, 112] if family == "qwen2_5_vl" else [1000, 1000]
-    assert one == many and len({r["response"] for r in one}) > 2 and all(r["grid"] == grid for r in one)
-
 # ---- a second run into a folder ----
-def test_a_finished_run_is_scored_again_without_asking(greedy, tmp_path, monkeypatch):
+def test_a_finished_run_is_scored_again_without_asking_and_what_would_mix_is_refused(greedy, tmp_path, monkeypatch):
     monkeypatch.setattr(e, "load_model", None)
     out = shutil.copytree(greedy[0], tmp_path / "out")
-    old = json.loads((out / "metrics.json").read_text())
-    flags = (*greedy[1][: -len(SEEN)], "--out", out, "--batch_size", 3, "--max_bad_rows", 9)
-    _, metrics, printed = run(*flags, "--seen", "Star", "bowl")
+    old, flags = json.loads((out / "metrics.json").read_text()), (*greedy[1][: -len(SEEN)], "--out", out)
+    more = ("--batch_size", 3, "--max_bad_rows", 9)
+    _, metrics, printed = run(*flags, *more, "--seen", "Star", "bowl")
     assert "28 answered before" in printed and metrics["seen"] == old["unseen"] and metrics["unseen"] == old["seen"]
-    assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
-    metrics = run(*flags, "--seen", *metrics["categories"])[1]
+    for change in ("--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere",
+                   "--max_pixels 9999", "--prompt_suffix ?", "--max_completion_length 33"):  # fmt: skip
+        with pytest.raises(e.InputError, match=rf"run.json: .*'{change.split()[0][2:]}': .*; want the same settings"):
+            run(*flags, *change.split())
+    metrics = run(*flags, *more, "--seen", *metrics["categories"])[1]  # what was refused changed nothing
     assert metrics["unseen"] is None and "| unseen" not in (out / "table.md").read_text()
-
-@pytest.mark.parametrize("change", ["--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere",
-                                    "--max_pixels 9999", "--prompt_suffix ?"])  # fmt: skip
-def test_a_run_that_would_mix_answers_is_refused(greedy, change, tmp_path):
-    out = shutil.copytree(greedy[0], tmp_path / "out")
-    with pytest.raises(e.InputError, match=rf"run.json: .*'{change.split()[0][2:]}': .*; want the same settings"):
-        run(*greedy[1], "--out", out, *change.split())
+    assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
 
 def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir, tmp_path):
     model = shutil.copytree(tiny_dir, tmp_path / "model")
@@ -162,9 +136,8 @@ def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, few, tmp_
     row = pq.read_table(few).to_pylist()[0]
     options = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "answer": "Mi"}
     (tmp_path / "a.png").write_bytes(row["image"]["bytes"])
-    path = write_rows(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
+    path = write(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
     for prompt, *more in (("r1", e.R1_SUFFIX, e.R1_SUFFIX.replace("(bounding box)", "(letter)")), ("direct", "", ""),
-                          ("cot", ". Let's think step by step", ""),
                           ("json", ", output its bbox coordinates using JSON format.", "")):  # fmt: skip
         flags = ("--bench", path, "--out", tmp_path / prompt, "--prompt", prompt)
         _, _, printed, asked = says(lambda text: "no", *flags, trained=more[0])
@@ -174,15 +147,17 @@ def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, few, tmp_
     assert asked == [row["question"] + " Why?", options["question"] + " Why?"]
     assert all(words in printed for words in ("note: ", repr(e.R1_SUFFIX), "' Why?'"))
 
-def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_path):
-    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (56, 56), "red").save("a.png")
     base = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "category": "Car"}
     rows = [base | {"answer": "Mi"}, base | {"answer": "Lo"}, base | {"answer": "Mi", "question": "By name?"},
             base, {"image": "a.png", "question": "Where?"}, {"image": "a.png", "phrase": "Lo"}]  # fmt: skip
-    flags = ("--bench", write_rows(tmp_path / "s.jsonl", rows), "--out", tmp_path / "out", "--prompt", "direct")
+    flags = ("--bench", write(Path("s.jsonl"), rows), "--out", "out", "--prompt", "direct")
     texts = {"Which": "B.", "By na": "mi", "Where": "left", "Find ": "(1,2),(3,4)"}
     rows, metrics, *_ = says(lambda text: texts[text[:5]], *flags)
     assert [r["correct"] for r in rows] == [True, False, True, None, None, None]
+    assert {r["image"] for r in rows} == {str(tmp_path / "a.png")}, "absolute"
     assert [(r["choice"], r["answer"]) for r in rows[:4]] == [("Mi", "Mi"), ("Mi", "Lo"), ("Mi", "Mi"), ("Mi", "")]
     assert [r["pred_bbox_1000"] for r in rows[4:]] == [None, [1, 2, 3, 4]]
     assert not {"iou", "pred_bbox_1000"} & rows[0].keys() and "iou" not in rows[5]
@@ -192,71 +167,56 @@ def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_p
 
 def test_a_choice_is_read_strictly_from_where_it_belongs():
     options, think = ["Lo", "Mi", "Audi A4", "E. coli"], "<think>A</think> "
-    found = {("B", "direct"): "Mi", ("mi.", "direct"): "Mi", ("E. coli.", "direct"): "E. coli",
-             ("B. Mi", "direct"): "Mi", ("(C)", "direct"): "Audi A4", (think + "<answer>B</answer>", "r1"): "Mi",
-             (think + "<answer> Mi </answer>", "r1"): "Mi", (think + "<answer>B</answer>", "direct"): "Mi"}  # fmt: skip
-    assert {case: e.parse_choice(case[0], options, case[1]) for case in found} == found
-    for text in ("It is Mi", "Mi or Lo", "", "B. Lo", "b", "E", "A B"):
-        assert e.parse_choice(text, options, "direct") is None, text
+    found = {"B": "Mi", "mi.": "Mi", "E. coli.": "E. coli", "B. Mi": "Mi", "(C)": "Audi A4",
+             think + "<answer>B</answer>": "Mi"}  # fmt: skip
+    found |= dict.fromkeys(("It is Mi", "Mi or Lo", "", "B. Lo", "b", "E", "A B"))
+    assert {text: e.parse_choice(text, options, "direct") for text in found} == found
     for text in ("B", think, "<answer>B", "<answer>A</answer><answer>B</answer>", "<think><answer>B</answer>"):
         assert e.parse_choice(text, options, "r1") is None, text
+    assert e.parse_choice(think + "<answer> Mi </answer>", options, "r1") == "Mi"
     assert e.parse_choice("A", ["A", "Mi"], "direct") == "A"
     assert e.parse_choice("B", ["B", "Mi"], "direct") is None, "the letter of one option, the name of another"
 
 NAMES = ["Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013, 2014, 2015", "Boeing 737-600, 700, 800, 900",
-         "Clumber Spaniel\n", 'E. "coli"', "Größe {0}"]  # fmt: skip
+         "Clumber Spaniel\n", 'E. "coli"', "Größe {0}", "A", "B", "C", "D"]  # fmt: skip
 
-def test_twenty_own_pictures_go_through_without_a_conversion(says, tmp_path):
+def test_own_pictures_go_through_without_a_conversion(says, tmp_path):
     """Absolute, relative and linked paths; one photo that its EXIF turns; boxes in px, one of them 1 px too wide."""
     pictures, exif, rows, truth = tmp_path / "pictures", Image.Exif(), [], {}
     (tmp_path / "disk/in").mkdir(parents=True)
     pictures.symlink_to(tmp_path / "disk")
     exif[0x0112] = 6
-    for i in range(20):
-        w, h, name = 100 + 7 * i, 150 - 5 * i, NAMES[i] if i < len(NAMES) else f"thing {i}"
+    for i, name in enumerate(NAMES):
+        w, h = 100 + 7 * i, 150 - 5 * i
         box, image = [w / 4, 10, w + (i == 3), h / 2 - 0.5], pictures / f"in/{i}.jpg"
         Image.new("RGB", (h, w) if i == 7 else (w, h), "red").save(image, exif=exif if i == 7 else b"")
         rows.append({"image": f"in/{i}.jpg" if i % 2 else str(image), "phrase": name, "bbox_px": box})
-        truth[name.strip()] = [250, 10000 / h, 1000 * (w + (i == 3)) / w, (h / 2 - 0.5) * 1000 / h]
-    flags = ("--bench", write_rows(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
+        truth[name.strip()] = [250, 10000 / h, 1000, (h / 2 - 0.5) * 1000 / h]
+    flags = ("--bench", write(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
     def say(text):
         name = text.removesuffix(e.R1_SUFFIX).split("_start|>")[1].split("<|")[0]
-        return answered((min(round(v), 1000) for v in truth[name]), name)
+        return answered(map(round, truth[name]), name)
     rows, metrics, _, asked = says(say, *flags)
     assert asked == [e.QUESTION.format(n) + e.R1_SUFFIX for n in truth] and [r["entity"] for r in rows] == [*truth]
-    assert [r["question_id"] for r in rows] == [str(i + 1) for i in range(20)] and metrics["all"]["acc"] == 1
+    assert [r["question_id"] for r in rows] == [str(i + 1) for i in range(10)] and metrics["all"]["acc"] == 1
     for i, (r, box) in enumerate(zip(rows, truth.values(), strict=True)):
-        assert r["gt_bbox_1000"] == pytest.approx([min(v, 1000) for v in box]) and r["iou"] > 0.98
-        assert r["pred_bbox_1000"] == [min(round(v), 1000) for v in box] and r["image"] == str(pictures / f"in/{i}.jpg")
-
-def test_a_parquet_holds_bytes_or_paths(few, tmp_path):
-    rows = pq.read_table(few).to_pylist()[:3]
-    (tmp_path / "a.png").write_bytes(rows[0]["image"]["bytes"])
-    rows[1]["image"], rows[2]["image"] = ({"bytes": None, "path": str(p)} for p in ("a.png", tmp_path / "a.png"))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
-    samples, bad = e.read_samples([tmp_path / "b.parquet"])
-    assert not bad and [s["image"] for s in samples[1:]] == [str(tmp_path / "a.png")] * 2
-    assert samples[0]["image"] == (tmp_path / "a.png").read_bytes() and len({s["id"] for s in samples}) == 3
+        assert r["gt_bbox_1000"] == pytest.approx(box) and r["iou"] > 0.98
+        assert r["pred_bbox_1000"] == [*map(round, box)] and r["image"] == str(pictures / f"in/{i}.jpg")
 
 def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is_no_other_run(says, few, tmp_path):
     rows = pq.read_table(few).to_pylist()
     for i, r in enumerate(rows):
         (tmp_path / f"{i}.png").write_bytes(r["image"]["bytes"][: 999 if i == 2 else None])
-        r |= {"image": f"{i}.png", "id": r.pop("question_id")}
+        r |= {"image": {"bytes": None, "path": str(tmp_path / f"{i}.png" if i % 2 else f"{i}.png")}}
     rows[4] |= {"answer": rows[4]["answer"].replace("(", "(1")}  # beyond 1000
-    flags = ("--bench", write_rows(tmp_path / "s.jsonl", rows), "--out", tmp_path / "out", "--max_bad_rows")
-    with pytest.raises(e.InputError, match=rf"s.jsonl:5 \({rows[4]['id']}\): .*; want .*max_bad_rows"):
-        says(lambda text: answered((1, 2, 3, 4)), *flags, 1)
-    got, metrics, printed, _ = says(lambda text: answered((1, 2, 3, 4)), *flags, 2)
-    assert [r["question_id"] for r in got] == [rows[i]["id"] for i in (0, 1, 3, 5)] and metrics["all"]["n"] == 4
-    assert len(metrics["bad_rows"]) == 2 and all(rows[i]["id"] in str(metrics["bad_rows"]) for i in (2, 4))
-    assert "2 bad rows" in printed
-
-def test_images_in_predictions_are_absolute(says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (56, 56), "red").save("a.png")
-    write_rows(Path("s.jsonl"), [{"image": "a.png", "question": "Where?"}])
-    assert says(lambda text: "no", "--bench", "s.jsonl", "--out", "out")[0][0]["image"] == str(tmp_path / "a.png")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet")
+    ids, flags = [r["question_id"] for r in rows], ("--bench", tmp_path / "s.parquet", "--out", tmp_path / "out")
+    with pytest.raises(e.InputError, match=rf"2 bad rows, .*s.parquet:5 \({ids[4]}\): .*; want .*max_bad_rows"):
+        says(lambda text: answered((1, 2, 3, 4)), *flags, "--max_bad_rows", 1)
+    got, metrics, *_ = says(lambda text: answered((1, 2, 3, 4)), *flags, "--max_bad_rows", 2)
+    assert [r["question_id"] for r in got] == [ids[i] for i in (0, 1, 3, 5)] and metrics["all"]["n"] == 4
+    assert len(metrics["bad_rows"]) == 2 and all(ids[i] in str(metrics["bad_rows"]) for i in (2, 4))
+    assert [r["image"] for r in got] == [str(tmp_path / f"{i}.png") for i in (0, 1, 3, 5)]
 
 # ---- scores ----
 ROWS = [  # category, image, what the row has otherwise, answer; correct, IoU, right for the released evaluator
@@ -279,36 +239,30 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
     answers[0] |= {"grid": [40, 20]}
     for answer, n in zip(answers[1:], (10, 20, 30), strict=False):
         answer |= {"num_tokens": n, "finished": n > 10}
-    write_rows(tmp_path / "b.jsonl", bench), write_rows(tmp_path / "p.jsonl", answers[::-1])
-    command = [sys.executable, *"eval_kvg.py --bench b.jsonl --predictions p.jsonl --out run --seen Disc".split()]
+    write(tmp_path / "b.jsonl", bench), write(tmp_path / "p.jsonl", answers[::-1])
+    command = [sys.executable, *"eval_kvg.py --bench b.jsonl --predictions p.jsonl --out . --seen Disc".split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows, out = e.read_jsonl(tmp_path / "run/predictions.jsonl"), tmp_path / "run"
-    metrics, table = json.loads((out / "metrics.json").read_text()), (out / "table.md").read_text()
+    rows, metrics = e.read_jsonl(tmp_path / "predictions.jsonl"), json.loads((tmp_path / "metrics.json").read_text())
     got = [(r["correct"], r.get("iou"), r["official_iou"] >= 0.5 if "iou" in r else None) for r in rows]
     assert got == [r[4:] for r in ROWS] and rows[0]["pred_bbox_1000"] == rows[5]["pred_bbox_1000"] == [0, 0, 500, 500]
     seen = {"n": 3, "acc": 2 / 3, "parse_rate": 1, "acc_official": 1 / 3, "mean_iou": 1.998 / 3}
     unseen = {"n": 3, "acc": 1 / 3, "parse_rate": 1 / 3, "acc_official": 1 / 2, "mean_iou": 0, "chance": 0.25}
     whole = {"n": 6, "acc": 1 / 2, "parse_rate": 4 / 6, "acc_official": 2 / 5, "mean_iou": 1.998 / 5, "chance": 0.25}
-    low, high = (f"{100 * v:.1f}" for v in metrics["categories"]["disc"]["acc_ci95"])
-    for name, want in (("all", whole), ("seen", seen), ("unseen", unseen)):
-        interval = metrics[name].pop("acc_ci95")
-        assert metrics[name] == pytest.approx(want, abs=1e-12) and 0 <= interval[0] < want["acc"] < interval[1] <= 1
+    for m, want in zip((metrics["all"], metrics["seen"], metrics["unseen"]), (whole, seen, unseen), strict=True):
+        low, high = m.pop("acc_ci95")
+        assert m == pytest.approx(want, abs=1e-12) and 0 <= low < want["acc"] < high <= 1
     assert [*metrics["categories"]] == ["disc", "star"] and metrics["seen_categories"] == ["disc"]
     lengths = {"num_tokens": 60, "mean_length": 20, "num_clipped": 1, "clipped_ratio": 1 / 3}
     assert {key: metrics[f"completions/{key}"] for key in lengths} == lengths
-    assert f"| disc (seen) | 3 | 66.7 | {low} to {high} | 33.3 | 0.666 | 100.0 |" in table.split("\n")
-    assert table in done.stdout and "eval_kvg: 7 answers, 0 bad rows" in done.stdout
+    low, high = (f"{100 * v:.1f}" for v in metrics["categories"]["disc"]["acc_ci95"])
+    assert f"| disc (seen) | 3 | 66.7 | {low} to {high} | 33.3 | 0.666 | 100.0 |" in done.stdout.split("\n")
 
-def test_the_iou_is_a_pixel_count():
-    rng = np.random.default_rng(0)
-    low, size = rng.integers(0, 40, (99, 2, 2)), rng.integers(1, 10, (99, 2, 2))
-    for boxes in np.concatenate([low, low + size], -1).tolist():
-        masks = np.zeros((2, 50, 50), bool)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
-            mask[y1:y2, x1:x2] = True
-        want = pytest.approx((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum(), rel=1e-6)
-        assert e.box_iou(*boxes) == want and e.official_iou(str(boxes[0]), boxes[1]) == want
+@pytest.mark.parametrize("a, b, want", [
+    ((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((2, 1, 6, 5), (0, 0, 4, 3), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
+    ((0, 0, 2, 2), (2, 0, 4, 2), 0), ((0, 0, 2, 2), (5, 5, 7, 7), 0), ((1, 2, 5, 9), (1, 2, 5, 9), 1)])  # fmt: skip
+def test_the_iou_is_a_pixel_count(a, b, want):
+    assert e.box_iou(a, b) == pytest.approx(want) == e.official_iou(str([*a]), b)
 
 def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cases():
     """official_cases.jsonl is what the released file itself said; official_cases.py makes it. It was given special
@@ -329,19 +283,17 @@ def test_an_answer_that_loops_does_not_stall_the_scores(loop):
     assert time.process_time() - start < 3
 
 # ---- intervals ----
-@pytest.mark.parametrize("images, questions, accuracy", [
-    (531, 1336, 0.62), (531, 1336, 0.95), (100, 251, 0.41), (33, 83, 0.6), (33, 83, 0.87)])  # fmt: skip
+@pytest.mark.parametrize("images, questions, accuracy", [(531, 1336, 0.62), (33, 83, 0.87)])  # all of KVG-Bench; food
 def test_the_interval_of_an_accuracy_covers_the_truth(images, questions, accuracy):
-    """Of 1000 benches as large as KVG-Bench, its largest and its smallest category. An image, of one to six questions,
-    has an accuracy of its own, so that two questions on it have a correlation of 0.2."""
+    """Of 1000 benches on which images, of one to six questions, have accuracies of their own: correlation 0.2."""
     rng, sizes = np.random.default_rng(0), np.ones(images, int)
     while (missing := questions - sizes.sum()) > 0:
         sizes[rng.permutation(np.flatnonzero(sizes < 6))[:missing]] += rng.integers(0, 2)
-    image, held = np.repeat(np.arange(images), sizes), []
+    image, held = np.repeat(np.arange(images), sizes), 0
     for own in rng.beta(4 * accuracy, 4 * (1 - accuracy), (1000, images)):
         low, high = e.accuracy_interval((rng.random(questions) < own[image]).astype(float), image)
-        held.append(low <= accuracy <= high)
-    assert 0.93 <= np.mean(held) <= 0.97, np.mean(held)
+        held += low <= accuracy <= high
+    assert 930 <= held <= 970
 
 def test_intervals_at_the_edges():
     images, twice, interval = np.arange(20), np.repeat(np.arange(20), 2), e.accuracy_interval
@@ -349,9 +301,9 @@ def test_intervals_at_the_edges():
     assert 0.8 < low < 0.9 and high == 1 and interval([0.0] * 20, images) == pytest.approx([0, 1 - low])
     assert interval([1.0] * 40, twice) == [low, 1], "all right: an image counts once"
     assert interval([1.0, 0.0], ["one", "one"]) is None
-    # 3 right of 12: Wilson's with Student's t = 2.201 of 11 degrees of freedom; 40 of 100: with 1.984 of 99
-    assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.0751, 0.5778), abs=1e-3)
-    assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.3079, 0.4999), abs=1e-3)
+    # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.199 by its series; 40 of 100: 1.984
+    assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.07517845, 0.57749819), abs=1e-8)
+    assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.30793903, 0.49971050), abs=1e-8)
     # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
     values = np.repeat(np.tile([0.0, 1.0], 10), 2)
     together, apart, even = (np.ptp(interval(v, i)) for v, i in (

@@ -15,19 +15,17 @@ import filter as f
 
 BOX = "(10,20),(300,400)"
 ANSWER = f"<|object_ref_start|>Lo<|object_ref_end|><|box_start|>{BOX}<|box_end|>"
+OTHER = ANSWER.replace("10", "11")
 THINK = f"Planning: Lo is red, nothing else is.\nI see two objects here and compare them with care.\nLo is at {BOX}."
 ARGS = f.parse_args(["--stage", "cot", "--samples", "x", "--out", "y", "--max_words", "60"])
 
-
-def row(think=THINK, answer=ANSWER, text=None, image="a.png", **more):
+def row(think=THINK, answer=ANSWER, text=None, **more):
     text = f"<think>\n{think}\n</think> <answer>{answer}</answer>" if text is None else text
     said = [("user", "<image>Find <|object_ref_start|>Lo<|object_ref_end|>"), ("assistant", text)]
-    return {"images": [image], "answer": ANSWER, "messages": [{"role": r, "content": c} for r, c in said]} | more
-
+    return {"images": ["a.png"], "answer": ANSWER, "messages": [{"role": r, "content": c} for r, c in said]} | more
 
 def read(path):
     return json.loads(path.read_text()) if path.suffix == ".json" else list(map(json.loads, open(path)))
-
 
 def run(stage, out, **flags):
     with pytest.MonkeyPatch.context() as patch:
@@ -35,22 +33,21 @@ def run(stage, out, **flags):
         patch.setattr(sys, "argv", ["filter.py", "--stage", stage, "--out", str(out), *flags])
         f.main()
 
-
 @pytest.mark.parametrize("bad, rule", [
     *[(bad, "not one <think>") for bad in (row(text=f"Lo is at {BOX}"), row(THINK + "</think><think>"))],
     *[(row(answer=ANSWER.replace("10", x)), "answer is not") for x in ("20", "1", "300")],
-    (row(answer=ANSWER + ANSWER.replace("10", "11")), "answer is not"),
+    *[(row(answer="".join(two)), "answer is not") for two in ((ANSWER, OTHER), (OTHER, ANSWER))],
     (row(answer="here") | {"answer": "here"}, "answer is not"),
     *[(row(think), "not 20 to 60 words") for think in ("Lo is here.", THINK * 5)],
-    (row(THINK.replace("Lo", "Mi")), "target not named"),
+    *[(row(THINK.replace("Lo", name)), "target not named") for name in ("Mi", "Lower")],
     *[(row(THINK + token), "markup") for token in ("<|im_end|>", "<|box_start|>", "<image>")],
-    (row(THINK + " It may be (10,20),(3000,400)."), "a box in the reasoning"),
-    (row(THINK + " No: (500,500),(900,900)."), "ends at another box"),
-    (row(THINK + "\nso on" * 4), "repeats itself"),
+    *[(row(f"{THINK} It may be (10,20),({end})."), "a box in the reasoning") for end in ("3000,400", "300,4000")],
+    *[(row(f"{THINK} No: (10,20),({x},400)."), "ends at another box") for x in ("150", "999")],  # IoU 0.48, 0.29
+    (row(THINK + "\nso on" * 4 + "\nor not"), "repeats itself"),
 ])  # fmt: skip
 def test_each_rule_rejects_its_own_chain(bad, rule):
     assert f.broken_row(bad, Counter(), ARGS).startswith(rule)
-
+    assert not f.broken_row(row(f"{THINK} Or (10,20),(160,400)." + "\nso on" * 3), Counter(), ARGS), "IoU 0.52"
 
 def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_folder(tmp_path):
     """ShareGPT rows without answer, entities, id; Qwen's tokens in the reasoning; absolute paths and --image_root."""
@@ -62,21 +59,16 @@ def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_
     run("cot", tmp_path / "o/k", samples=write(tmp_path / "in/rows.jsonl", rows), image_root=pictures)
     kept, (rejected,) = read(tmp_path / "o/k/samples.jsonl"), read(tmp_path / "o/k/rejected.jsonl")
     assert [r["id"] for r in kept] == [1, 2, 3] and rejected["reason"] == "duplicate"
-    for r, name in zip([*kept, rejected], "abca", strict=True):
-        assert os.path.normpath(tmp_path / "o/k" / r["images"][0]) == str(pictures / name) and "image" not in r
-    assert kept[1]["images"] == [str(pictures / "b")]
-
+    assert ["image" in r for r in kept] == [False] * 3 and kept[1]["images"] == [str(pictures / "b")]
+    found = [os.path.normpath(tmp_path / "o/k" / r["images"][0]) for r in [*kept, rejected]]
+    assert found == [str(pictures / name) for name in "abca"]
 
 IOUS = {"none": [0, 0.49, 0, 0], "one": [0.5, 0, 0, 0.1], "three": [0.5, 0.8, 0.79, 0.2], "all": [0.5, 0.9, 1, 0.7]}
 
-
-def predictions(path, **more):
-    return write(path, [{"question_id": q, "sample": k, "entity": "A" if q in ("none", "one") else "B", "iou": iou}
-                        for q, ious in (IOUS | more).items() for k, iou in enumerate(ious)])  # fmt: skip
-
-
 def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
-    files = {"samples": write(tmp_path / "s", [row(id=q) for q in IOUS]), "predictions": predictions(tmp_path / "p")}
+    answers = [{"question_id": q, "sample": k, "entity": "A" if q in ("none", "one") else "B", "iou": iou}
+               for q, ious in IOUS.items() for k, iou in enumerate(ious)]  # fmt: skip
+    files = {"samples": write(tmp_path / "s", [row(id=q) for q in IOUS]), "predictions": write(tmp_path / "p", answers)}
     run("grpo", tmp_path, **files)
     kept, rejected = read(tmp_path / "samples.jsonl"), read(tmp_path / "rejected.jsonl")
     assert [(r["id"], r["pass_rate"], r["num_rollouts"]) for r in kept] == [("one", 0.25, 4), ("three", 0.75, 4)]
@@ -88,7 +80,9 @@ def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
     for flags, want in (({"iou": 0.8}, ["three", "all"]), ({"min_correct": 0, "max_correct": 1}, ["none", "one"])):
         run("grpo", tmp_path, **files, **flags)
         assert [r["id"] for r in read(tmp_path / "samples.jsonl")] == want
-
+    write(tmp_path / "p", answers[:-1])
+    with pytest.raises(f.InputError, match="p: 3 answers to all; want 4 with an iou"):
+        run("grpo", tmp_path, **files)
 
 def test_mastery_is_the_share_of_choices_that_are_right(tmp_path):
     said = [("A", True), ("A", True), ("B", True), ("B", False), ("C", False)]
@@ -96,7 +90,6 @@ def test_mastery_is_the_share_of_choices_that_are_right(tmp_path):
     run("mastery", tmp_path, predictions=write(tmp_path / "p", [*rows, {"question_id": 9, "entity": "Z", "iou": 0.3}]))
     found = {e: (m["mastery"], m["n"]) for e, m in read(tmp_path / "mastery.json").items()}
     assert found == {"A": (1, 2), "B": (0.5, 2), "C": (0, 1)}
-
 
 def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     rows = [row(THINK.replace("two", f"{i}"), id=i) for i in range(9000)]
@@ -110,22 +103,6 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     subprocess.run([*command, tmp_path / "b"], check=True)
     for name in ("samples.jsonl", "rejected.jsonl", "stats.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-@pytest.mark.parametrize("stage, rows, words", [
-    ("cot", [], "0 rows; want some"),
-    ("cot", [row(id=1), row(id="1")], "2 rows; want some, and no id twice"),
-    ("cot", [{"images": ["a.png"], "question": "q"}], "s.jsonl:1: ['images', 'question']; want images, and"),
-    ("cot", [{"messages": row()["messages"]}], "s.jsonl:1: ['messages']; want images, and"),
-    ("cot", [row("short", id=1)], "0 of 1 rows kept, {'not 20 to 800 words': 1}; want some"),
-    ("grpo", [row(id="few")], "p: 2 answers to few; want 4 with an iou"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line(stage, rows, words, tmp_path):
-    more = {"predictions": predictions(tmp_path / "p", few=[0.5, 0.5])} if stage == "grpo" else {}
-    with pytest.raises(f.InputError) as error:
-        run(stage, tmp_path / "o", samples=write(tmp_path / "s.jsonl", rows), **more)
-    assert words in str(error.value) and "\n" not in str(error.value)
-
 
 def test_without_torch_the_data_scripts_are_imported_and_print_their_help_in_half_a_second():
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import filter, gen_cot, synth_data"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,22 +29,19 @@ def row(model, grid, spans):
     return dict(input_ids=ids, position_ids=torch.arange(tokens).expand(3, 1, tokens), use_cache=False,
                 pixel_values=pixels, image_grid_thw=torch.tensor([[1, rows, columns]]))  # fmt: skip
 
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_equal_those_torch_counts(family, frozen):
+def test_flops_equal_those_torch_counts(family):
     """Torch's plain attention computes whole squares, also of tokens that are not seen."""
     model, grid, tokens = build_tiny(family)[0].train(), (12, 22), 90
-    model.model.visual.requires_grad_(not frozen)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits = model(**row(model, grid, [tokens])).logits
-        forward = counter.get_total_flops()
-        logits.sum().backward()
-    s = t.model_sizes(model)
-    decoder = t.decoder_flops(s, tokens, tokens**2, tokens)
-    assert forward == decoder + t.vision_flops(s, *grid)
-    assert counter.get_total_flops() == 3 * decoder + t.vision_flops(s, *grid, trained=not frozen)
-
+    for trained in (True, False):
+        model.model.visual.requires_grad_(trained)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            logits = model(**row(model, grid, [tokens])).logits
+            forward = counter.get_total_flops()
+            logits.sum().backward()
+        decoder = t.decoder_flops(s := t.model_sizes(model), tokens, tokens**2, tokens)
+        assert forward == decoder + t.vision_flops(s, *grid)
+        assert counter.get_total_flops() == 3 * decoder + t.vision_flops(s, *grid, trained=trained)
 
 def attend(module, query, key, value, attention_mask, scaling=None, spans=(), **kwargs):
     """Keeps what attention of a packed row keeps: copies of the prompt's keys and values for each completion."""
@@ -52,14 +50,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, spans=(), **
     parts += [(q, *(torch.cat(x, 2) for x in zip(prompt, own, strict=True))) for q, *own in rest]
     return torch.cat([F.scaled_dot_product_attention(*x, enable_gqa=True) for x in parts], 2).transpose(1, 2), None
 
-
 def peak_bytes(call):
     """Most bytes that call() holds at once, beside what was there before."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,18 +73,14 @@ def test_activations_are_what_autograd_saves_and_the_peak_of_a_pass(family, chec
     peak = peak_bytes(lambda: call().last_hidden_state.sum().backward()) + there
     assert decoder + tower + again == pytest.approx(peak, rel=0.15)
 
-
 def test_a_chunk_of_logits_takes_16_bytes_each():
     """lm_head and log-probs, forward and backward, computed twice."""
     head, hidden = torch.nn.Linear(8, 20000, bias=False).bfloat16(), torch.randn(200, 8).bfloat16().requires_grad_()
-
     def score(hidden):
         logits = head(hidden).float().index_fill(-1, torch.tensor([5]), float("-inf")) / 0.8
         return logits[:, 7] - logits.logsumexp(-1)
-
     peak = peak_bytes(lambda: torch.utils.checkpoint.checkpoint(score, hidden, use_reentrant=False).sum().backward())
     assert t.LOGIT * 200 * 20000 == pytest.approx(peak, rel=0.1)
-
 
 ENGINE = """
 import gc, json, os, sys, deepspeed, torch
@@ -119,7 +111,6 @@ print("held", json.dumps(out), flush=True)
 os._exit(0)
 """
 
-
 def test_weights_gradients_optimizer_and_checkpoints_are_those_of_deepspeed(tiny_dir, tmp_path, monkeypatch):
     """A census of the tensors of two ranks after the backward passes and after the update; all are in host RAM here."""
     monkeypatch.setattr(t, "BUCKET", 4000)
@@ -141,7 +132,6 @@ def test_weights_gradients_optimizer_and_checkpoints_are_those_of_deepspeed(tiny
         files = sum(f.stat().st_size for f in (tmp_path / name).rglob("*.pt"))
         assert files == pytest.approx(p.disk[0] - p.disk[1], rel=0.05), name
 
-
 def test_table_has_every_model_and_the_numbers_of_a_plain_sum(tmp_path, capsys):
     """7B, GRPO, one GPU, checkpointing and offload: rows of 8,192 tokens, or 3 groups of 640 + 4 x 512, on 4 images.
     And the published numbers of weights: half the bytes of their files."""
@@ -160,11 +150,10 @@ def test_table_has_every_model_and_the_numbers_of_a_plain_sum(tmp_path, capsys):
     assert t.decoder_flops(s, 1024, t.attended_pairs(1024), 0) == pytest.approx(13.58e12, rel=1e-3)
     assert t.vision_flops(s, 40, 50) == pytest.approx(3.22e12, rel=0.01) and t.attended_pairs(3, 2, 1) == 6 + 4 + 5 + 4
 
-
-@pytest.mark.parametrize("run", ["sft", "grpo"])
-def test_flags_and_bucket_are_those_of_the_trainers(run):
-    script, ours = importlib.import_module(f"train_{run}"), vars(t.parse_args([run, "--model", "x"]))
-    theirs = vars(script.parse_args("--model x --data x --output_dir x".split()))
-    same = {flag for flag in theirs.keys() & ours.keys() if theirs[flag] is not None} - {"model"}
-    assert len(same) >= 4 and {flag: ours[flag] for flag in same} == {flag: theirs[flag] for flag in same}
+def test_flags_and_bucket_are_those_of_the_trainers():
+    for run in ("sft", "grpo"):
+        script, ours = importlib.import_module(f"train_{run}"), vars(t.parse_args([run, "--model", "x"]))
+        theirs = vars(script.parse_args("--model x --data x --output_dir x".split()))
+        same = {flag for flag in theirs.keys() & ours.keys() if theirs[flag] is not None} - {"model"}
+        assert len(same) >= 4 and {flag: ours[flag] for flag in same} == {flag: theirs[flag] for flag in same}
     assert f'"reduce_bucket_size": {t.BUCKET}' in (ROOT / "ds_config.json").read_text("utf-8")

@@ -23,7 +23,6 @@ from tools import report
 HOSTILE = "</script><script>hacked = 1</script><img src=x onerror='hacked = 1'> \u2028\"'&amp;`${1}$data 漢🦜"
 TRUTH, OTHER, LEVELS = [100, 100, 300, 400], [500, 500, 900, 900], list(report.LEVELS)
 
-
 def row(i, right, **more):
     """Of predictions.jsonl: question i of the bench, on picture i // 5; a box that is right, wrong or (None) none."""
     box = {True: TRUTH, False: OTHER, None: None}[right]
@@ -33,11 +32,9 @@ def row(i, right, **more):
             "entity": f"Entity {i}", "question": f"Find Entity {i}", "gt_bbox_1000": TRUTH, "pred_bbox_1000": box,
             "iou": float(right or 0), "correct": bool(right)} | more  # fmt: skip
 
-
 def choice(i, chosen):
     answer = row(i, None, options=["X", "Y"], answer="X", choice=chosen, correct=chosen == "X")
     return {k: v for k, v in answer.items() if k not in ("iou", "pred_bbox_1000", "gt_bbox_1000")}
-
 
 def evaluation(folder, rows, **args):
     """A folder as eval_kvg.py leaves it."""
@@ -48,19 +45,17 @@ def evaluation(folder, rows, **args):
     report.write(folder / "predictions.jsonl", "\n".join(map(json.dumps, rows)))
     return folder
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """60 cases on 12 pictures. Run a: every third wrong, pictures are files. Run b: the first 30 wrong, pictures are in
-    a parquet, case 0 is hostile, 3 has no box. Run kinds: letters, a box without a truth, four samples of one case.
-    """
-    out, cases = tmp_path_factory.mktemp("report"), []
-    for i in range(60):
-        path = out / f"p{i // 5}.png"
-        Image.new("RGB", (160, 120), (4 * i, 100, 90)).save(path)
-        cases.append({"question_id": f"q{i}", "image": {"bytes": path.read_bytes()}})
+    a parquet, case 0 is hostile, 3 has no box. Run kinds: letters, a box without a truth, four samples of one case."""
+    out = tmp_path_factory.mktemp("report")
+    paths = [out / f"p{i // 5}.png" for i in range(60)]
+    for i, path in enumerate(paths[::5]):
+        Image.new("RGB", (160, 120), (20 * i, 100, 90)).save(path)
+    cases = [{"question_id": f"q{i}", "image": {"bytes": path.read_bytes()}} for i, path in enumerate(paths)]
     pq.write_table(pa.Table.from_pylist(cases), out / "bench.parquet")
-    evaluation(out / "a", [row(i, i % 3 > 0, image=str(out / f"p{i // 5}.png")) for i in range(60)])
+    evaluation(out / "a", [row(i, i % 3 > 0, image=str(path)) for i, path in enumerate(paths)])
     rows = [row(i, None if i in (0, 3) else i >= 30) for i in range(60)]
     rows[0] |= {"response": HOSTILE, "entity": HOSTILE}
     evaluation(out / "b", rows, bench=str(out / "bench.parquet"), model=HOSTILE)
@@ -71,10 +66,8 @@ def folder(tmp_path_factory):
     report.compare(out / "a", out / "b", out=out / "c")
     return out
 
-
 def embedded(path):
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.S)[1])
-
 
 def test_a_page_has_every_case_and_picture_as_far_as_they_are_there_and_no_text_is_markup(folder):
     for path in (folder / "a/report.html", folder / "b/report.html", folder / "c/compare.html"):
@@ -82,21 +75,18 @@ def test_a_page_has_every_case_and_picture_as_far_as_they_are_there_and_no_text_
         assert len(data["pictures"]) == 12 and len(data["cases"]) == (30 if path.parent.name == "c" else 60), path
         assert page.count("<script") == page.count("</script>") == 2 and not re.search("<img src=x|<b>x", page)
         assert not re.search(r"https?://|@import|url\(|src=\"", page) and "&lt;b&gt;x&lt;/b&gt; (unseen)" in page
-    assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in (folder / "b/report.html").read_text("utf-8")
     assert embedded(folder / "b/report.html")["cases"][0][0]["response"] == HOSTILE
     report.page(folder / "b", bench=folder / "gone.parquet", max_cases=4, out=folder / "few.html")
     data, page = embedded(folder / "few.html"), (folder / "few.html").read_text("utf-8")
     assert [c[0]["question_id"] for c in data["cases"]] == ["q0", "q15", "q30", "q45"] and data["pictures"] == {}
     assert "4 of them are shown, evenly drawn. 4 pictures were not found" in page
-
+    assert "its answer: 0.0 % of 30 correct and 100.0 % of 28 wrong" in page
 
 def test_a_thumbnail_is_small_turned_upright_and_on_white(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    (exif := Image.Exif())[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGBA", (1500, 1000)).save(tmp_path / "turned.png", exif=exif)
     small = Image.open(io.BytesIO(base64.b64decode(report.thumbnail(tmp_path / "turned.png", 300))))
     assert small.size == (200, 300) and small.getpixel((9, 9)) == (255, 255, 255)
-
 
 def test_two_runs_are_compared_case_by_case(folder, tmp_path):
     result = json.loads((folder / "c/compare.json").read_text())
@@ -115,7 +105,6 @@ def test_two_runs_are_compared_case_by_case(folder, tmp_path):
         with pytest.raises(report.InputError, match=r"\(q\d+\): \d+ cases that .* want one bench$"):
             report.compare(folder / "a", evaluation(tmp_path / name, rows))
 
-
 def test_intervals_know_images_and_the_p_value_is_a_fair_coins():
     rng = np.random.default_rng(0)
     for n in (5, 40, 300):
@@ -129,14 +118,11 @@ def test_intervals_know_images_and_the_p_value_is_a_fair_coins():
     assert report.accuracy_interval([1.0, 0.0], ["one", "one"]) is report.difference_interval([1.0], ["one"]) is None
     assert report.mcnemar_p(0, 5) == 2 / 32 and report.mcnemar_p(3, 3) == report.mcnemar_p(0, 0) == 1
 
-
 HERE, THERE, PORSCHE = "(10,20),(300,400)", "(600,600),(900,900)", "Porsche 911 (901, 930, 964, 993)"
-
 
 def verdict(think, others=("Mi", "Lo 2", "E. coli"), entity="Lo", box=(10, 20, 300, 400), grid=None):
     answer = {"response": f"<think>{think}</think> <answer>{HERE}</answer>", "pred_bbox_1000": box, "grid": grid}
     return report.contradicts(answer | {"entity": entity}, frozenset({*others, entity}))
-
 
 VERDICTS = {
     True: [f"Lo may be {HERE}. No: it is at {THERE}.", 'So: {"bbox_2d": [600, 600, 900, 900]}', "Lo? So it is mi.",
@@ -149,14 +135,12 @@ VERDICTS = {
     None: ["  \n ", ""],
 }  # fmt: skip
 
-
 def test_reasoning_contradicts_where_it_ends_elsewhere_than_the_answer():
     assert VERDICTS == {want: [t for t in thoughts if verdict(t) is want] for want, thoughts in VERDICTS.items()}
     assert verdict("It is Lo 2.", others={"Lo"}, entity="Lo 2") is verdict("So: Mi", others=()) is False
     assert verdict(f"At {HERE} is the {PORSCHE}.", entity=PORSCHE) is False, "what stands in a name is no box"
     assert verdict("at (5,5),(150,100)", grid=[500, 250]) is False and verdict("at (5,5),(150,100)") is True
     assert verdict("It is Mi.", box=None) is None, "no answer, no verdict"
-
 
 def test_other_names_are_those_of_the_category_and_the_rates_those_of_right_and_wrong_answers(tmp_path):
     texts = {1: "I look.", 5: "It is Entity 3.", 7: "It is Entity 4.", 9: "", 3: "", 4: ""}
@@ -165,10 +149,6 @@ def test_other_names_are_those_of_the_category_and_the_rates_those_of_right_and_
     done = run_script("tools/report.py", "reasoning", evaluation(tmp_path / "r", rows))
     assert done.stdout == "Reasoning that contradicts its answer: 0.0 % of 2 correct and 100.0 % of 1 wrong answers.\n"
     assert json.loads((tmp_path / "r/reasoning.json").read_text())["all"]["contradicts"] == 1 / 3
-    text = "<think>Planning: a disc\nVisual Analysis:\na bowl (1,2),(3,4)\na disc\nComparison: a bowl</think>"
-    said = {"Planning": False, "Visual Analysis": False, "Comparison": True, "Conclusion": True}
-    assert {part: report.lacks(text, part, "a disc") for part in said} == said
-
 
 def test_known_and_unknown_follow_karls_split_and_the_unrated_stay_out(tmp_path):
     table = {i: {"mastery": m} for i, m in ((0, 0.7), (2, 0.3), (3, 0.29))} | {1: {"knowledge_category": LEVELS[1]}}
@@ -177,7 +157,6 @@ def test_known_and_unknown_follow_karls_split_and_the_unrated_stay_out(tmp_path)
     done = run_script("tools/report.py", "mastery", evaluation(tmp_path / "e", rows), "--mastery", tmp_path / "m.json")
     cells = [re.findall(r"[\d.-]+", "".join(line.split("|")[2:4])) for line in done.stdout.splitlines()[2:]]
     assert cells == [["3", "66.7"], ["1", "0.0"], *[["1", "100.0"], ["1", "0.0"]] * 2, ["0", "-"], ["2", "50.0"]]
-
 
 def test_the_gap_counts_every_case_with_a_choice_once(tmp_path):
     pairs = [(1, 1)] * 3 + [(1, 0)] * 2 + [(0, 1)] + [(0, 0)] * 4  # choice, box
@@ -188,7 +167,6 @@ def test_the_gap_counts_every_case_with_a_choice_once(tmp_path):
     assert [cells["all"][k]["n"] for k in ("both_right", "choice_only", "box_only", "both_wrong")] == [3, 2, 1, 4]
     assert cells["seen"]["n"] + cells["unseen"]["n"] == 10 and cells["all"]["choice"]["acc"] == 0.5
     assert "3 (30.0 %)" in done.stdout and "10 of 11 answers have a choice" in done.stdout
-
 
 def test_a_run_folder_gives_its_table_curves_and_pages(folder, tmp_path):
     """By a copy of the tool elsewhere, while a trainer writes its metrics."""
@@ -209,7 +187,6 @@ def test_a_run_folder_gives_its_table_curves_and_pages(folder, tmp_path):
     assert report.curve_points(rows, "x", 2) == ([10, 30, 50], [1.0, 2.0, 5.5])
     failed = run_script("tools/report.py", "run", tmp_path / "train_grpo", check=False)
     assert failed.returncode and re.fullmatch(r"report: .*; want .*\n", failed.stderr)
-
 
 DRIVER = """<body><pre id="result"></pre><script type="module">
 const results = [];
@@ -235,7 +212,6 @@ async function look(page) {
 for (const page of %s) results.push(await look(page));
 document.getElementById("result").textContent = encodeURIComponent(JSON.stringify(results));
 </script>"""
-
 
 def test_the_pages_work_in_a_browser(folder):
     if not (browser := shutil.which("chromium") or shutil.which("google-chrome")):

@@ -2,14 +2,12 @@
 
 import json
 import random
-import subprocess
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from synth_data import list_sources
@@ -17,7 +15,6 @@ from tools import rows as script
 
 NAMES = ["Boeing_737-600,_700,_800", "Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013 ", "Lo"]
 NAMED = "<|object_ref_start|>{}<|object_ref_end|>"
-
 
 def write(path, rows):
     """JSONL, or a parquet with the bytes of the images."""
@@ -27,18 +24,15 @@ def write(path, rows):
         pq.write_table(pa.Table.from_pylist([dict.fromkeys(k for r in rows for k in r) | r for r in rows]), path)
     return path
 
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a command; returns its rows, with `pixels` where a picture was made."""
-
     def run(*flags, out="out"):
         monkeypatch.setattr(sys, "argv", ["rows.py", *map(str, flags), "--out", str(tmp_path / out)])
         script.main()
         rows, root = [json.loads(line) for line in open(tmp_path / out / "rows.jsonl", "rb")], tmp_path / out
         return [r | {"pixels": np.array(Image.open(root / r["image"]))} if r["image"][0] != "/" else r for r in rows]
     return run
-
 
 def test_images_without_a_box_are_asked_by_the_names_that_synth_data_gives_them(run, tmp_path):
     source, image = tmp_path / "source", Image.new("RGBA", (40, 30))
@@ -53,15 +47,13 @@ def test_images_without_a_box_are_asked_by_the_names_that_synth_data_gives_them(
     assert all(r["image"] == str(source / r["id"]) and NAMED.format(r["entity"]) in r["question"] for r in rows)
     assert [r.get("bbox_px") for r in run("ask-boxes", "--source", source, "--all")] == [[10, 10, 20, 20], None] * 4
     table = [{"image": r["id"], "entity": r["entity"], "category": "Thing"} for r in rows]
-    write(source / "s.jsonl", [t | {"image": r["image"]} for t, r in zip(table, rows, strict=True)])
-    for at in (source, write(source / "s.parquet", table), source / "s.jsonl"):
+    for at in (source, write(source / "s.parquet", table), write(source / "s.jsonl", table)):
         asked = [(r["id"], r["entity"], r["category"]) for r in run("ask-boxes", "--source", at, "--all")]
         assert asked == [(s.name, s.entity, s.category) for s in list_sources(at)] and len(asked) >= 4
     for r in run("ask-boxes", "--source", source, "--background", "gradient"):  # as the toy's composites
         blue = random.Random(r["id"]).randint(170, 210)
         corners = [r["pixels"][y, x].tolist() for y, x in ((0, 0), (0, 39), (29, 0), (15, 15))]
         assert corners == [[60, 60, blue], [205, 60, blue], [60, 205, blue], [200, 0, 0]]
-
 
 def test_single_images_get_options_of_their_category(run, tmp_path):
     some = [{"image": f"{i}.png", "entity": n, "category": "Bird"} for i, n in enumerate("ABCDEFG")]
@@ -70,7 +62,6 @@ def test_single_images_get_options_of_their_category(run, tmp_path):
     assert ["".join(r["options"]) for r in rows[:3] + rows[7:]] == ["AEDF", "EBAD", "AZBC", "YZ"]
     assert [(r["id"], r["image"]) for r in rows[::7]] == [("0.png", str(tmp_path / "0.png")), ("7", "/x.png")]
     assert rows[1]["question"] == "Which bird is this?\nA. E\nB. B\nC. A\nD. D\nAnswer with the letter of one option."
-
 
 @pytest.fixture
 def composites(tmp_path):
@@ -84,7 +75,6 @@ def composites(tmp_path):
         rows.append(row | {"category": "car" if i % 2 else "bird", "entities": listed})
     return write(tmp_path / "samples.jsonl", rows)
 
-
 def test_a_probe_asks_about_an_entity_once_per_source_image(run, composites):
     rows = run("choices", "--source", composites)
     assert sorted(r["answer"] for r in rows) == sorted("ABCDEPQRST" * 3)
@@ -92,7 +82,6 @@ def test_a_probe_asks_about_an_entity_once_per_source_image(run, composites):
     cut = rows[0]["pixels"]  # the box, 5 % around it, no more than the picture
     assert cut.shape == (66, 105, 3) and (cut[3:-3, 5:] == [200, 0, 0]).all() and cut[2, 5, 2] == cut[3, 4, 2] == 255
     assert len(run("choices", "--source", composites, "--max_per_entity", 2)) == 20
-
 
 def test_a_gap_takes_wrong_options_from_the_same_image_first(run, composites, tmp_path):
     Image.new("RGB", (200, 100), "blue").save(tmp_path / "1.png")
@@ -107,14 +96,12 @@ def test_a_gap_takes_wrong_options_from_the_same_image_first(run, composites, tm
     assert ["".join(r["options"]) for r in rows[4:]] == ["FGHE", "FEHG", "FGEH", "GFHE"]
     assert len({r["pixels"].tobytes() for r in rows + again}) == len({r["image_id"] for r in again}) == 2
 
-
 def test_expressions_keep_their_box_whoever_wrote_it(run, tmp_path):
     coco = {"image": "a.jpg", "expression": " left one ", "bbox": [10, 20, 30.5, 40], "split": "testA", "id": 5}
     own = {"image": "/b.jpg", "question": "Where is it?", "bbox_px": [0, 0, 9, 9.5]}
     first, second = run("refcoco", "--source", write(tmp_path / "r.jsonl", [coco, own]), "--image_root", "/coco")
     want = {"id": "5", "image": "/coco/a.jpg", "phrase": "left one", "bbox_px": [10, 20, 40.5, 60], "category": "testA"}
     assert first == want and second == own | {"id": "2", "category": "none"}
-
 
 @pytest.mark.parametrize("kind", script.AMOUNTS)
 def test_a_spoilt_picture_depends_on_seed_and_case_and_gets_worse(kind, run, tmp_path):
@@ -131,30 +118,13 @@ def test_a_spoilt_picture_depends_on_seed_and_case_and_gets_worse(kind, run, tmp
     assert [(a["pixels"] != r["pixels"]).any() for r in (b, other)] == [kind not in ("jpeg", "blur")] * 2
     assert a["pixels"].sum() == {"noise": 4229525, "color": 4261200, "seams": 4371087}.get(kind, a["pixels"].sum())
 
-
-def test_a_killed_command_leaves_no_rows_and_ends_the_same_when_repeated(run, composites, tmp_path):
-    flags, first = ("spoil", "--bench", composites, "--kind", "noise", "--strength"), tmp_path / "out/images/000000.png"
+def test_a_command_that_stops_leaves_no_rows_and_ends_the_same_when_repeated(run, composites, tmp_path):
+    flags, whole = ("spoil", "--bench", composites, "--kind", "noise", "--strength"), composites.read_bytes()
     run(*flags, 2)
-    began, command = first.stat().st_mtime_ns, [ROOT / "tools/rows.py", *flags, 4, "--out", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, *map(str, command)])
-    while first.stat().st_mtime_ns == began and process.poll() is None:
-        pass
-    process.kill()
-    assert process.wait() < 0 and not (tmp_path / "out/rows.jsonl").exists()
+    composites.write_bytes(whole + b"{")
+    with pytest.raises(script.InputError, match="samples.jsonl:61: b'{'; want one JSON object a line"):
+        run(*flags, 4)
+    assert not (tmp_path / "out/rows.jsonl").exists()
+    composites.write_bytes(whole)
     for a, b in zip(run(*flags, 4), run(*flags, 4, out="other"), strict=True):
         assert (a.pop("pixels") == b.pop("pixels")).all() and a == b
-
-
-@pytest.mark.parametrize("command, row, words", [
-    ("ask-boxes", {"entity": "a<|im_end|>"}, "b.jsonl:1 (i): entity 'a<|im_end|>'; want a text"),
-    ("ask-boxes", {"image": None}, "b.jsonl:1 (i): no image"),
-    ("choices", {}, "b.jsonl:1 (i): options ['A']; want 2 to 6"),
-    ("choices --task gap", {"options": ["A", "B"], "bbox_px": [5, 2, 300, 4]}, "want x1 < x2, y1 < y2, in an image of"),
-    ("refcoco", {"expression": "x", "bbox": [1, 2, 0, 4]}, "b.jsonl:1 (i): box [1, 2, 1, 6]; want"),
-    ("spoil --kind blur", {"image": "none.png"}, "none.png'; want an image"),
-])  # fmt: skip
-def test_a_mistake_is_one_line_that_names_the_row(command, row, words, run, composites, tmp_path):
-    row = {"id": "i", "image": "wide.png", "entity": "A", "category": "bird"} | row
-    with pytest.raises(script.InputError) as error:
-        run(*command.split(), "--source", write(tmp_path / "b.jsonl", [row]))
-    assert words in str(error.value) and "\n" not in str(error.value)

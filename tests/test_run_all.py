@@ -21,30 +21,17 @@ said=$(cat <&3)
 echo "${said%$'\n'*}"
 exit "${said##*$'\n'}"
 """
-VLLM = """#!PYTHON
-import json, re
-from http.server import BaseHTTPRequestHandler, HTTPServer
-class Teacher(BaseHTTPRequestHandler):
-    def do_GET(self, body=b""):
-        self.send_response(200), self.end_headers(), self.wfile.write(body)
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = asked["messages"][0]["content"][1]["text"]
-        target, box = re.search(r"The bounding box of (.*) is (.*)\\.\\n", prompt).groups()
-        listed = prompt.split("shows ")[1].split(".\\n")[0].replace("), ", ")\\n")
-        chain = f"Planning: recall the looks of {target}, a body and a band.\\nVisual Analysis:\\n{listed}\\n"
-        chain += f"Comparison: one of all these has them and no other.\\nConclusion: {target} {box}"
-        choice = {"finish_reason": "stop", "message": {"role": "assistant", "content": chain}}
-        self.do_GET(json.dumps({"choices": [choice]}).encode())
-HTTPServer(("127.0.0.1", 8000), Teacher).serve_forever()
+VLLM = f"""#!{sys.executable}
+import sys
+sys.path[:0] = ["{ROOT}", "{ROOT}/tests"]
+from test_gen_cot import serve
+serve(8000).serve_forever()
 """
-
 
 def program(path, text):
     path.write_text(text)
     path.chmod(0o755)
     return path
-
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
@@ -70,45 +57,34 @@ def python(tmp_path_factory):
     yield program(folder / "python", CLIENT.replace("PORT", str(server.server_address[1])))
     server.shutdown()
 
-
 @pytest.fixture
 def run_all(python, tmp_path):
     own = os.environ | {"PYTHON": str(python), "RUN": str(tmp_path / "run")}
     run = partial(subprocess.run, capture_output=True, text=True)
     return lambda *args, **env: run(["bash", ROOT / "run_all.sh", *args], env=own | {k: str(env[k]) for k in env})
 
-
-@pytest.fixture
-def finished(tmp_path):
-    """A run folder in which every stage is done."""
-    (tmp_path / "run/.done").mkdir(parents=True)
+def test_a_finished_run_only_prints_its_table_and_from_forgets_a_stage_and_all_after_it_once(run_all, tmp_path):
+    run, scores = tmp_path / "run", {"n": 4, "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
+    (run / ".done").mkdir(parents=True)
     for name in STAGES:
-        (tmp_path / f"run/.done/{name}").write_text("1\n")
+        (run / ".done" / name).write_text("1\n")
     for i, name in enumerate(("base", "sft", "cot_sft", "grpo")):
-        m = {"n": 4, "acc": 0.25 * (i + 1), "acc_ci95": [0.1, 0.9], "mean_iou": 0.5, "parse_rate": 1.0}
+        m = scores | {"acc": 0.25 * (i + 1)}
         metrics = {"all": m, "seen": m, "unseen": None, "categories": {}, "seen_categories": []}
         metrics["args"] = {"seed": 0, "model": "m", "bench": "none", "prompt": "r1"}
-        (folder := tmp_path / f"run/eval_{name}").mkdir()
+        (folder := run / f"eval_{name}").mkdir()
         (folder / "predictions.jsonl").write_text("")
         (folder / "metrics.json").write_text(json.dumps(metrics))
-    return tmp_path / "run"
-
-
-def test_a_finished_run_only_prints_its_table(finished, run_all):
     done = run_all()
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text())
     assert {*results["seconds"]} == {*STAGES} and [r["seen"] for r in results["rows"]] == [0.25, 0.5, 0.75, 1.0]
     assert re.search(r"\| grpo +\| +4 \| +100.0 \(10.0 to 90.0\) \| +- \|", done.stdout)
-    assert f"{finished}/results.json" in done.stdout and f"{finished}/eval_grpo/report.html" in done.stdout
-
-
-def test_from_forgets_that_stage_and_all_after_it_once(finished, run_all):
+    assert f"{run}/results.json" in done.stdout and f"{run}/eval_grpo/report.html" in done.stdout
     done = run_all(FROM="train_grpo", NNODES=2, MASTER_ADDR="host")
-    assert done.returncode and "bash run_all.sh forget once" in done.stderr and (finished / "eval_grpo").exists()
-    assert run_all("forget", FROM="train_grpo").returncode == 0 and not (finished / "eval_grpo").exists()
-    assert {*os.listdir(finished / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
-
+    assert done.returncode and "bash run_all.sh forget once" in done.stderr and (run / "eval_grpo").exists()
+    assert run_all("forget", FROM="train_grpo").returncode == 0 and not (run / "eval_grpo").exists()
+    assert {*os.listdir(run / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
 
 def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
     (tmp_path / "bench.jsonl").write_text('{"image": "none.png", "question": "Where?"}\n')
@@ -130,7 +106,6 @@ def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, t
         assert done.returncode and message in done.stderr and "== " not in done.stdout, (message, done)
         assert len(done.stderr.splitlines()) == 1, done.stderr
 
-
 def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, run_all, tmp_path):
     done = run_all(DRY=1, MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet",
                    TEACHER="serve:org/teacher", BOX_MODEL="org/boxes", SFT_FLAGS="--zero_stage 3", NPROC=8)  # fmt: skip
@@ -144,13 +119,12 @@ def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, 
     assert all(f"--boxes {tmp_path}/run/boxes.jsonl" in commands[name] for name in ("synth_sft", "synth_grpo"))
     assert {*os.listdir(tmp_path / "run")} == {".done", "plan_sft.txt", "plan_grpo.txt"}
 
-
 def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teacher(world_dir, run_all, tmp_path):
     """The path of an 8-GPU node, every stage of it, with everything from outside; only sizes are cut."""
     health = ["curl", "-s", "--noproxy", "*", "localhost:8000/health"]
     if not subprocess.run(health).returncode:
         pytest.skip("something else is served at port 8000")
-    program(tmp_path / "vllm", VLLM.replace("PYTHON", sys.executable, 1))
+    program(tmp_path / "vllm", VLLM)
     toy = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --exclude_distance 0 --num_workers 1"
     short, mastery = "--max_completion_length 32", f"--knowledge {tmp_path}/run/filter_grpo/mastery.json"
     env = dict(MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet", NPROC=2,

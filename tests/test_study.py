@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+from functools import partial
 
 import pytest
 import study
@@ -15,51 +16,27 @@ def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-
-@pytest.fixture(scope="module")
-def jobs():
-    return {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
-
-
-def test_every_command_is_one_that_its_script_takes(jobs):
+def test_every_command_is_one_that_its_script_takes_and_the_parts_can_run_one_after_the_other():
+    jobs = {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
     for name, command in jobs.items():
         script, *flags = command.split()
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
-
-
-def test_the_parts_can_run_one_after_the_other(jobs):
+            if script == "train_grpo.py":  # all see equally many completions
+                assert args.max_steps * args.train_batch_size * args.num_generations == study.STEPS * study.PROMPTS * 8
     waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
-    assert waits["0/world"] == waits["0/eval_base"] - {"0/world"} == set()
     assert waits["0/cot_sft_more"] == {"0/cot_sft", "0/cot_more"}
     for part, _ in study.PARTS:
         todo = {f"0/{name}" for name in study.jobs_of(0, part)} - done
         while ready := {name for name in todo if waits[name] <= done}:
             todo, done = todo - ready, done | ready
         assert not todo, part
-    assert [part for part, _ in study.PARTS][:3] == ["main", "teachers", "grounded"]
-
-
-def test_compared_runs_see_equally_many_samples_and_completions(jobs):
-    def flag(name, key):
-        return int(re.findall(rf"{key} (\d+)", jobs[name])[-1])
-
-    def completions(name):
-        return flag(name, "--max_steps") * flag(name, "--train_batch_size") * flag(name, "--num_generations")
-
-    runs = [name for name in jobs if name.startswith("0/grpo")]
-    assert len(runs) == len(study.TEACHERS) + 2 * len(study.GROUNDED) + len(study.ARMS) + 1  # unknown names
-    assert {completions(name) for name in runs} == {study.STEPS * study.PROMPTS * 8}
-    for name in [name for name in jobs if name.startswith("0/cot_sft_more")]:
-        assert flag(name, "--max_steps") * flag(name, "--train_batch_size") == study.STEPS * study.PROMPTS
-
 
 def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir, synth_dir, tmp_path):
     run_script("gen_cot.py", "--samples", synth_dir / "samples.jsonl", "--knowledge", world_dir / "knowledge.json",
                "--out", tmp_path / "cot")  # fmt: skip
     right = study.report.read_rows(tmp_path / "cot/samples.jsonl")
-
     def errors(*flags):
         world.main(["--err", str(tmp_path / "cot/samples.jsonl"), "--out", str(tmp_path / "err"), *map(str, flags)])
         rows, wrong = study.report.read_rows(tmp_path / "err/samples.jsonl"), set()
@@ -67,22 +44,19 @@ def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir
             target, said = a["entities"][a["target"]]["entity"], b["messages"][1]["content"]
             assert said == f"<think>\n{b['cot']}\n</think> <answer>{a['answer']}</answer>"
             assert (tmp_path / "err" / b["images"][0]).exists()
-            old, new = (row["cot"].split("\n") for row in (a, b))
-            changed = {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}
-            assert changed in (set(), {"Planning", "Comparison", "Conclusion"})
             assert re.findall(r"\(.*", a["cot"]) == re.findall(r"\(.*", b["cot"]), "all boxes, the last one too"
-            wrong |= {(a["id"], target, new[0])} if changed else set()
+            old, new = (row["cot"].split("\n") for row in (a, b))
+            if changed := {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}:
+                assert changed == {"Planning", "Comparison", "Conclusion"}
+                wrong.add((a["id"], target, new[0]))
         return wrong
-
-    few, most = errors("--share", 0.4), errors("--share", 0.8)
-    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
-    always = errors("--share", 0.5, "--systematic")
+    few, most, always = errors("--share", 0.4), errors("--share", 0.8), errors("--share", 0.5, "--systematic")
     names = json.loads((tmp_path / "err/wrong.json").read_text())
-    assert len(names) == 6 * 7 and {name for _, name, _ in always} == {
-        r["entities"][r["target"]]["entity"] for r in right} & set(names)  # fmt: skip
+    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
+    targets = {r["entities"][r["target"]]["entity"] for r in right}
+    assert len(names) == 6 * 7 and {name for _, name, _ in always} == targets & set(names)
     for _, name, planning in always:
         assert planning == f"Planning: {name} is {world.describe(world.ENTITIES[names[name]])}."
-
 
 def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     out, given = tmp_path / "out", tmp_path / "given"
@@ -101,7 +75,6 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0/b: older than what it reads; delete it"):
         study.run_jobs(jobs, out, at_once=2)
 
-
 def evaluated(folder, acc, *rows):
     """The folder of a finished evaluation."""
     scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
@@ -109,7 +82,6 @@ def evaluated(folder, acc, *rows):
     row = {"correct": True, "entity": "Penika", "category": "disc", "image_id": "i", "pred_bbox_1000": [1, 2, 30, 40]}
     write(folder / "predictions.jsonl", *(row | r for r in rows))
     write(folder / "done.json", {"seconds": 60})
-
 
 def test_the_tables_say_what_the_runs_say(tmp_path):
     """Two seeds with known scores: mean, Student's interval, paired difference. What is not finished is left out."""
@@ -125,7 +97,6 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     difference = values["The paper's comparison"]["points, paired by seed, cot_sft - sft: all"]
     assert difference == {"0": 20.0, "1": 30.0} and set(values) == set(study.TABLES)
 
-
 def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     look = world.describe(world.ENTITIES["Penika"])
     parts = {"Planning": f"Penika is {look}.", "Visual Analysis": f"\n{look} (1,2),(30,40)\na white bowl (1,2),(9,9)",
@@ -135,8 +106,8 @@ def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
     texts.append(whole.replace(f"{look} (", "a white bowl (", 1))
     rows = [{"response": f"<think>\n{text}\n</think>"} for text in texts]
     evaluated(tmp_path / "0/eval_grpo", 1, *rows, {"correct": False, "response": whole})
-    runs = study.Runs(tmp_path, [0])
-    got = [round(runs.share("grpo", key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
+    share = partial(study.Runs(tmp_path, [0]).share, "grpo")
+    got = [round(share(key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
     assert got == [33, 33, 50, 33, 0, 33, 17]  # % of six: the part that is taken away, and all in the one without parts
-    assert round(runs.share("grpo", "boxes listed")[0], 2) == 1.33
-    assert runs.share("grpo", "no look in Planning", lambda x, s: not x["correct"]) == {0: 0}
+    assert round(share("boxes listed")[0], 2) == 1.33
+    assert share("no look in Planning", lambda x, s: not x["correct"]) == {0: 0}
