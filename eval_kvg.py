@@ -505,6 +505,12 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
+def packed_row(items, ids, positions, attend, device):
+    """Sequences end to end, no padding: input_ids (1, T), position_ids (3, 1, T), M-RoPE, images, who sees whom."""
+    row = {"input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None]}
+    row |= {k: torch.cat([x[k] for x in items]) for k in ("pixel_values", "image_grid_thw")}
+    return SimpleNamespace(**{k: x.to(device) for k, x in row.items()}, image_features=None, attend=attend)
+
 def embed_images(model, row):
     """Per image (1 + levels, visual tokens, hidden): what the decoder reads there, and adds behind its first layers."""
     out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
@@ -512,7 +518,7 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
+    """Last ones (T, hidden) of a `packed_row`, whose images may be embedded already."""
     first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
     seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
     inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
@@ -541,10 +547,8 @@ class Rollout:
             kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
             self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
             return attend_sequences(query, key, value, scaling, (ends, P))
-        row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
-        row = SimpleNamespace(**row, attend=attend)
-        row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
-        row.position_ids = torch.cat([p["position_ids"] for p in prompts], 1)[:, None].to(device)
+        ids, positions = [i for p in prompts for i in p["prompt_ids"]], [p["position_ids"] for p in prompts]
+        row = packed_row(prompts, ids, positions, attend, device)
         row.image_features = embed_images(model, row)
         for p, features in zip(prompts, row.image_features, strict=True):
             p["image_features"] = features

@@ -31,7 +31,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -243,23 +242,22 @@ def rollout_and_score(engine, processors, prompts, step, args, times):
                 c.advantage = c.knowledge_weight * advantage
             p["num_tokens"] = len(p["prompt_ids"]) + sum(len(c.ids) for c in p["completions"])  # of its packed row
 
-def step_metrics(groups, args, device):
+def step_metrics(prompts, counted, device):
     """(means over the completions of the step on all ranks, by TRL's names; how many they are, and their tokens)"""
-    cs, G = [c for g in groups for c in g["completions"]], args.num_generations
-    sums = {
-        "reward": sum(c.reward for c in cs),
-        **{f"rewards/{name}/mean": sum(c.rewards[name] for c in cs) for name in args.reward_funcs},
-        "acc@0.5": sum(c.iou >= 0.5 for c in cs),
-        "parse_rate": sum(c.bbox_1000 is not None for c in cs),
-        "completions/mean_length": sum(len(c.ids) for c in cs),
-        "completions/clipped_ratio": sum(not c.finished for c in cs),
-        "entropy": -sum(c.logps.sum().item() for c in cs),
-        "knowledge/weight_mean": sum(c.knowledge_weight for c in cs),
-        "reward_std": sum(c.reward**2 for c in cs),
-        "frac_reward_zero_std": G * sum(len({c.reward for c in g["completions"]}) == 1 for g in groups),
-    }
-    n, *totals = all_sum([len(cs), *sums.values()], device)
-    means = {name: total / n for name, total in zip(sums, totals, strict=True)}
+    each = [{
+        "reward": c.reward,
+        **{f"rewards/{name}/mean": reward for name, reward in c.rewards.items()},
+        "acc@0.5": c.iou >= 0.5,
+        "parse_rate": c.bbox_1000 is not None,
+        "completions/mean_length": len(c.ids),
+        "completions/clipped_ratio": not c.finished,
+        "entropy": -c.logps.sum().item(),
+        "knowledge/weight_mean": c.knowledge_weight,
+        "reward_std": c.reward**2,
+        "frac_reward_zero_std": len({other.reward for other in p["completions"]}) == 1,
+    } for p in prompts for c in p["completions"]]  # fmt: skip
+    n, *totals = all_sum([counted, *(sum(x[name] for x in each[:counted]) for name in each[0])], device)
+    means = {name: total / n for name, total in zip(each[0], totals, strict=True)}
     means["entropy"] /= means["completions/mean_length"]  # per token: the mean of -log p over tokens drawn from p
     means["reward_std"] = max(0.0, means["reward_std"] - means["reward"] ** 2) ** 0.5
     return means, int(n), round(n * means["completions/mean_length"])
@@ -307,7 +305,7 @@ def main():
         # 2. completions  3. rewards  4. advantages; those of the last step beyond `total` do not count
         rollout_and_score(engine, processors, prompts, step, args, times)
         groups = prompts[: len(range((step - 1) * B + rank, min(step * B, total), world_size))]
-        metrics, num_sequences, step_tokens = step_metrics(groups, args, device)
+        metrics, num_sequences, step_tokens = step_metrics(prompts, len(groups) * G, device)
         # 5. the loss; a group whose completions are all equally good has no gradient, unless the KL gives it one
         taught = [g for g in groups if args.beta or any(c.advantage for c in g["completions"])]
         rows, sums = fill_rows(taught, args.tokens_per_row, device), np.zeros(6)
@@ -353,15 +351,12 @@ def pack_groups(groups, device, reuse_features=False):
     spans = [(torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device), max(n)) for n in lengths]
     def attend(layer, query, key, value, scaling):
         return attend_sequences(query, key[:, :, seen], value[:, :, seen], scaling, *spans)
-    return SimpleNamespace(
-        input_ids=torch.tensor([ids], device=device),  # (1, T)
-        position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
-        at=torch.tensor(at, device=device),  # (N,), the position before each completion token
-        targets=torch.tensor([i for g in groups for c in g["completions"] for i in c.ids], device=device),  # (N,)
-        **{k: torch.cat([g[k] for g in groups]).to(device) for k in ("pixel_values", "image_grid_thw")},
-        image_features=[g["image_features"] for g in groups] if reuse_features else None,  # of a frozen vision tower
-        attend=attend,
-    )
+    row = packed_row(groups, ids, positions, attend, device)
+    row.at = torch.tensor(at, device=device)  # (N,), the position before each completion token
+    row.targets = torch.tensor([i for g in groups for c in g["completions"] for i in c.ids], device=device)  # (N,)
+    if reuse_features:  # of a frozen vision tower
+        row.image_features = [g["image_features"] for g in groups]
+    return row
 
 # >>> shared:files (copy of synth_data.py)
 QUESTION = "Find and give the bounding box of <|object_ref_start|>{}<|object_ref_end|>"
@@ -586,6 +581,12 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
+def packed_row(items, ids, positions, attend, device):
+    """Sequences end to end, no padding: input_ids (1, T), position_ids (3, 1, T), M-RoPE, images, who sees whom."""
+    row = {"input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None]}
+    row |= {k: torch.cat([x[k] for x in items]) for k in ("pixel_values", "image_grid_thw")}
+    return SimpleNamespace(**{k: x.to(device) for k, x in row.items()}, image_features=None, attend=attend)
+
 def embed_images(model, row):
     """Per image (1 + levels, visual tokens, hidden): what the decoder reads there, and adds behind its first layers."""
     out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
@@ -593,7 +594,7 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
+    """Last ones (T, hidden) of a `packed_row`, whose images may be embedded already."""
     first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
     seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
     inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
@@ -622,10 +623,8 @@ class Rollout:
             kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
             self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
             return attend_sequences(query, key, value, scaling, (ends, P))
-        row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
-        row = SimpleNamespace(**row, attend=attend)
-        row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
-        row.position_ids = torch.cat([p["position_ids"] for p in prompts], 1)[:, None].to(device)
+        ids, positions = [i for p in prompts for i in p["prompt_ids"]], [p["position_ids"] for p in prompts]
+        row = packed_row(prompts, ids, positions, attend, device)
         row.image_features = embed_images(model, row)
         for p, features in zip(prompts, row.image_features, strict=True):
             p["image_features"] = features
@@ -839,7 +838,8 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
             with open(out / f"{name}.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         if args.wandb:
-            import_module("wandb").log(row, step=row["step"])
+            import wandb
+            wandb.log(row, step=row["step"])
         shown = " | ".join(f"{key} {row[key]:.4g}" for key in ["loss", *shown, "grad_norm", "learning_rate", "mem_gib"])
         phases = ", ".join(f"{phase} {s:.1f}" for phase, s in times.items())
         end = f"{seconds:.1f} s ({phases}) | eta {steps_left * seconds / 60:.1f} min"
@@ -889,7 +889,8 @@ def resume(engine, out, args):
         write(log, *(to_json(row) for row in read_jsonl(log, unfinished=True) if row["step"] <= state["step"]))
     if args.wandb and engine.global_rank == 0:
         key = hashlib.md5(bytes(out.resolve())).hexdigest()
-        import_module("wandb").init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
+        import wandb
+        wandb.init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
     return state
 # <<< shared:engine
 

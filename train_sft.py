@@ -32,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -123,15 +122,11 @@ def pack_sequences(items, device):
         C, after = len(x["completion_ids"]), int(x["position_ids"][0, -1]) + 1
         positions += [x["position_ids"], torch.arange(after, after + C).expand(3, -1)]
         at += range(end - C - 1, end - 1)
-    return SimpleNamespace(
-        input_ids=torch.tensor([[i for x in items for i in x["prompt_ids"] + x["completion_ids"]]], device=device),
-        position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
-        at=torch.tensor(at, device=device),  # (N,), the position before each supervised token
-        targets=torch.tensor([i for x in items for i in x["completion_ids"]], device=device),  # (N,), that token
-        **{k: torch.cat([x[k] for x in items]).to(device) for k in ("pixel_values", "image_grid_thw")},
-        image_features=None,
-        attend=lambda layer, *args: attend_sequences(*args, spans),
-    )
+    ids = [i for x in items for i in x["prompt_ids"] + x["completion_ids"]]
+    row = packed_row(items, ids, positions, lambda layer, *args: attend_sequences(*args, spans), device)
+    row.at = torch.tensor(at, device=device)  # (N,), the position before each supervised token
+    row.targets = torch.tensor([i for x in items for i in x["completion_ids"]], device=device)  # (N,), that token
+    return row
 
 def main():
     args = parse_args()
@@ -367,6 +362,12 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
     return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
 
+def packed_row(items, ids, positions, attend, device):
+    """Sequences end to end, no padding: input_ids (1, T), position_ids (3, 1, T), M-RoPE, images, who sees whom."""
+    row = {"input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None]}
+    row |= {k: torch.cat([x[k] for x in items]) for k in ("pixel_values", "image_grid_thw")}
+    return SimpleNamespace(**{k: x.to(device) for k, x in row.items()}, image_features=None, attend=attend)
+
 def embed_images(model, row):
     """Per image (1 + levels, visual tokens, hidden): what the decoder reads there, and adds behind its first layers."""
     out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
@@ -374,7 +375,7 @@ def embed_images(model, row):
     return [torch.stack(image) for image in zip(*levels, strict=True)]
 
 def hidden_states(model, row):
-    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
+    """Last ones (T, hidden) of a `packed_row`, whose images may be embedded already."""
     first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
     seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
     inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
@@ -499,7 +500,8 @@ def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, compl
             with open(out / f"{name}.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         if args.wandb:
-            import_module("wandb").log(row, step=row["step"])
+            import wandb
+            wandb.log(row, step=row["step"])
         shown = " | ".join(f"{key} {row[key]:.4g}" for key in ["loss", *shown, "grad_norm", "learning_rate", "mem_gib"])
         phases = ", ".join(f"{phase} {s:.1f}" for phase, s in times.items())
         end = f"{seconds:.1f} s ({phases}) | eta {steps_left * seconds / 60:.1f} min"
@@ -549,7 +551,8 @@ def resume(engine, out, args):
         write(log, *(to_json(row) for row in read_jsonl(log, unfinished=True) if row["step"] <= state["step"]))
     if args.wandb and engine.global_rank == 0:
         key = hashlib.md5(bytes(out.resolve())).hexdigest()
-        import_module("wandb").init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
+        import wandb
+        wandb.init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
     return state
 # <<< shared:engine
 
