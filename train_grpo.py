@@ -72,8 +72,6 @@ def parse_args(argv=None):
     add("--reward_funcs", ["iou", "format"], "summed", nargs="+", type=str, choices=[*REWARD_FUNCS])
     add("--reward_weights", None, "one per reward (default: 1)", nargs="+", type=float)
     add("--iou_threshold", 0.8, "iou pays IoU, binary pays 1, above it (released code: 0.8)")
-    add("--knowledge", None, "how well entities are known: mastery.json of filter.py, or KARL's own", type=str)
-    add("--knowledge_form", "advantage", "what it scales (KARL: reward)", choices=["advantage", "reward"])
     # GRPO
     add("--scale_rewards", "group", "/ std, mean only, leave-one-out", choices=["group", "none", "loo"])
     add("--loss_type", "grpo", "mean per sequence, token, constant", choices=["grpo", "dapo", "dr_grpo"])
@@ -107,7 +105,6 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
-    args.knowledge_form = args.knowledge and args.knowledge_form
     if args.num_generations < 2 or args.temperature <= 0 or len(args.reward_weights) != len(args.reward_funcs):
         p.error("want --num_generations >= 2, --temperature > 0 and one of --reward_weights per reward")
     return args
@@ -124,14 +121,10 @@ class Completion:  # a group is the dict of its prompt, from `parse_row` and `ch
     rewards: dict = field(default_factory=dict)  # name -> float
     reward: float = 0.0  # their weighted sum
     advantage: float = 0.0
-    knowledge_weight: float = 1.0  # already in the advantage
 
 def iou_reward(c, prompt, args):
-    """IoU where it exceeds the threshold, else 0. --knowledge_form reward: s+ times IoU, at most 1; s- for a miss."""
-    _, s_plus, s_minus = LEVELS[prompt["level"]] if args.knowledge_form == "reward" else (None, 1.0, 0.0)
-    if c.iou > args.iou_threshold:
-        return min(1.0, s_plus * c.iou)
-    return s_minus if "</answer>" in c.text.partition("<answer>")[2] else 0.0  # no answer, no penalty
+    """IoU where it exceeds the threshold, else 0."""
+    return c.iou if c.iou > args.iou_threshold else 0.0
 
 def format_reward(c, prompt, args):
     """0.5 for one <think> with words, one <answer> and nothing else; 0.5 for one box as the family writes it."""
@@ -155,26 +148,6 @@ REWARD_FUNCS = {"iou": iou_reward, "format": format_reward}
 REWARD_FUNCS |= {f"grounded_{iou}": partial(grounded_reward, same_iou=iou) for iou in (0.7, 0.9)}
 REWARD_FUNCS["dense_iou"] = lambda c, prompt, args: c.iou  # for cold starts, in which the thresholded one stays 0
 REWARD_FUNCS["binary"] = lambda c, prompt, args: float(c.iou > args.iou_threshold)  # ablation
-
-# KARL (v3 of the paper): what the model knows less of is pulled up more and punished less
-LEVELS = {  # level: mastery from, s+ (times a hit), s- (instead of a miss's 0)
-    "completely correct": (0.7, 0.65, -0.6), "mostly correct": (0.45, 0.85, -0.5),
-    "partially correct": (0.3, 1.0, -0.4), "mostly incorrect": (0.1, 1.2, -0.2), "completely incorrect": (0, 1.4, 0.0)}
-
-def add_levels(samples, path):
-    """Sets their "level" from {entity: {"mastery": 0..1} or {"knowledge_category": level}}."""
-    table = json.loads(Path(path).read_bytes())
-    for s in samples:
-        entry = table.get(s["entity"], {})
-        level, mastery = entry.get("knowledge_category"), entry.get("mastery", -1)
-        s["level"] = next((name for name, (least, _, _) in LEVELS.items() if mastery >= least), level)
-        if s["level"] not in LEVELS:  # KARL's code silently takes a missing entity for completely incorrect
-            raise InputError(f"{path}: {s['entity']!r}, target of {s['id']}: {entry}; want its mastery, 0..1")
-
-def knowledge_weight(advantage, level):
-    """s+ on right, s- over the middle level's on wrong; after the group's mean and std, which cancel scaled rewards."""
-    _, s_plus, s_minus = LEVELS[level]
-    return s_plus if advantage > 0 else s_minus / LEVELS["partially correct"][2] if advantage < 0 else 1.0
 
 # ---- 4. advantages, 5. loss ----
 def group_advantages(rewards, scale_rewards):
@@ -237,9 +210,7 @@ def rollout_and_score(engine, processors, prompts, step, args, times):
                 c.reward = sum(w * r for w, r in zip(args.reward_weights, c.rewards.values(), strict=True))
             advantages = group_advantages([c.reward for c in p["completions"]], args.scale_rewards)
             for c, advantage in zip(p["completions"], advantages, strict=True):
-                if args.knowledge_form == "advantage":
-                    c.knowledge_weight = knowledge_weight(advantage, p["level"])
-                c.advantage = c.knowledge_weight * advantage
+                c.advantage = advantage
             p["num_tokens"] = len(p["prompt_ids"]) + sum(len(c.ids) for c in p["completions"])  # of its packed row
 
 def step_metrics(prompts, counted, device):
@@ -252,7 +223,6 @@ def step_metrics(prompts, counted, device):
         "completions/mean_length": len(c.ids),
         "completions/clipped_ratio": not c.finished,
         "entropy": -c.logps.sum().item(),
-        "knowledge/weight_mean": c.knowledge_weight,
         "reward_std": c.reward**2,
         "frac_reward_zero_std": len({other.reward for other in p["completions"]}) == 1,
     } for p in prompts for c in p["completions"]]  # fmt: skip
@@ -284,8 +254,6 @@ def main():
     if (out / "final").exists():  # to train on, remove it
         return print0(f"{out / 'final'} is there already")
     processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
-    if args.knowledge:
-        add_levels(rows[0], args.knowledge)
     def read(s):  # a sample with the inputs of its prompt
         if not s["bbox_1000"]:
             raise ValueError(f"answer {s['answer']!r}; want a box")

@@ -5,24 +5,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics_of, train
+from conftest import TRAIN_FLAGS, metrics_of, run_script
 from test_train_grpo import arguments
 
 import train_grpo as g
+from tools import karl
 
 HIT, MISS, NO_BOX = "<answer>(0,0),(100,90)</answer>", "<answer>(0,0),(9,9)</answer>", "<answer>?</answer>"
-NAMES = list(g.LEVELS)
+NAMES = list(karl.LEVELS)
 
 def scored(texts, level, form, monkeypatch, **changes):
-    """(rewards, advantages, weights) of a group with these completions, by the step's own code."""
+    """(rewards, advantages) of a group with these completions, by the step's own code."""
     monkeypatch.setattr(g, "rollout", lambda *args: [[([i], torch.zeros(1), True) for i in range(len(texts))]])
     tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
     engine = SimpleNamespace(module=SimpleNamespace(model=None, parameters=lambda: ()), optimizer=None)
-    base = dict(knowledge_form=form, reward_funcs=["iou"], reward_weights=[1.0], iou_threshold=0.65)
+    base = dict(reward_funcs=["karl" if form == "reward" else "iou"], reward_weights=[1.0], iou_threshold=0.65)
     base["num_generations"] = len(texts)
     prompt = {"id": "0", "bbox_1000": [0, 0, 100, 100], "level": level, "grid": (1000, 1000), "prompt_ids": [1]}
-    g.rollout_and_score(engine, (tokenizer, None, None), [prompt], 1, arguments(**base | changes), {})
-    return [[getattr(c, key) for c in prompt["completions"]] for key in ("reward", "advantage", "knowledge_weight")]
+    score = karl.score_and_weigh if form else g.rollout_and_score
+    score(engine, (tokenizer, None, None), [prompt], 1, arguments(**base | changes), {})
+    return [[getattr(c, key) for c in prompt["completions"]] for key in ("reward", "advantage")]
 
 def samples(*entities):
     return [{"id": str(i), "entity": e} for i, e in enumerate(entities)]
@@ -34,13 +36,13 @@ def test_levels_begin_where_they_are_published_to(mastery, level, tmp_path):
     table = {"Lo": {"mastery": mastery, "n": 3}, "Mi": {"knowledge_category": NAMES[level]}}
     (tmp_path / "m.json").write_text(json.dumps(table))
     read = samples("Lo", "Mi", "Lo")
-    g.add_levels(read, tmp_path / "m.json")
+    karl.add_levels(read, [], tmp_path / "m.json")
     assert [s["level"] for s in read] == [NAMES[level]] * 3, "both forms of the file"
 
 def test_a_level_of_another_name_is_refused(tmp_path):
     (tmp_path / "m.json").write_text('{"Lo": {"mastery": 1}, "Mi": {"knowledge_category": "known"}}')
     with pytest.raises(g.InputError, match=r"m.json: 'Mi', target of 1: .*; want its mastery, 0..1"):
-        g.add_levels(samples("Lo", "Mi"), tmp_path / "m.json")
+        karl.add_levels(samples("Lo", "Mi"), [], tmp_path / "m.json")
 
 @pytest.mark.parametrize("level, hit, miss", [
     ("completely correct", 0.585, -0.6), ("mostly correct", 0.765, -0.5), ("partially correct", 0.9, -0.4),
@@ -58,16 +60,15 @@ def test_the_published_form_cancels_where_the_advantage_form_does_not(monkeypatc
     for level, up, down in zip(NAMES, (0.65, 0.85, 1.0, 1.2, 1.4), (1.5, 1.25, 1.0, 0.5, 0.0), strict=True):
         for form in (None, "reward"):
             assert scored(texts, level, form, monkeypatch)[1] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-2)
-        _, weighted, weights = scored(texts, level, "advantage", monkeypatch)
-        assert weighted == pytest.approx([1.5 * up, *[-0.5 * down] * 3], abs=1e-2)
-        assert weights == pytest.approx([up, down, down, down])
+        plain, weighted = (scored(texts, level, form, monkeypatch)[1] for form in (None, "advantage"))
+        assert weighted == pytest.approx([a * w for a, w in zip(plain, (up, down, down, down), strict=True)])
 
 def test_without_the_std_the_published_form_pulls_the_least_known_up_least(monkeypatch):
     found = (scored([HIT, MISS, MISS, MISS], level, "reward", monkeypatch, scale_rewards="none")[1] for level in NAMES)
     assert [a[0] - a[1] for a in found] == pytest.approx([1.185, 1.265, 1.3, 1.2, 1.0])
 
 def test_a_group_without_signal_is_left_alone(monkeypatch):
-    assert scored([MISS] * 4, "completely incorrect", "advantage", monkeypatch)[1:] == [[0.0] * 4, [1.0] * 4]
+    assert scored([MISS] * 4, "completely incorrect", "advantage", monkeypatch)[1] == [0.0] * 4
 
 @pytest.mark.parametrize("form", ["advantage", "reward"])
 def test_a_run_weighs_what_it_is_told_to(form, tiny_dir, synth_dir, tmp_path):
@@ -75,11 +76,12 @@ def test_a_run_weighs_what_it_is_told_to(form, tiny_dir, synth_dir, tmp_path):
     known = {e: {"mastery": float(i % 2), "n": 1} for i, e in enumerate(sorted(set(rows.values())))}
     (tmp_path / "m.json").write_text(json.dumps(known))
     flags = ("--knowledge", tmp_path / "m.json", "--max_steps", 2)
-    flags += ("--knowledge_form", "reward") if form == "reward" else ()
-    train("train_grpo", tmp_path / "run", tiny_dir, synth_dir / "samples.jsonl", *flags)
-    weights = [m["knowledge/weight_mean"] for m in metrics_of(tmp_path / "run")]
-    assert json.loads((tmp_path / "run/run.json").read_text())["knowledge_form"] == form
-    assert all(0 < w < 1.5 and w != 1 for w in weights) if form == "advantage" else weights == [1, 1]
+    flags += ("--reward_funcs", "karl", "letters") if form == "reward" else ()
+    (tmp_path / "karl.py").write_text("import grpo_letters\nfrom tools import karl\nkarl.main()\n")
+    run_script(tmp_path / "karl.py", "--model", tiny_dir, "--data", synth_dir / "samples.jsonl", "--output_dir",
+               tmp_path / "run", *TRAIN_FLAGS["train_grpo"], *flags, PYTHONPATH="tests:.")  # fmt: skip
+    assert ("rewards/karl/mean" in metrics_of(tmp_path / "run")[0]) == (form == "reward")
+    assert json.loads((tmp_path / "run/run.json").read_text())["knowledge"] == str(tmp_path / "m.json")
     for line in (tmp_path / "run/samples.jsonl").read_text().splitlines():
         group = json.loads(line)
         plain = g.group_advantages([c["reward"] for c in group["completions"]], "group")

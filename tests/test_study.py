@@ -25,7 +25,7 @@ def test_every_command_is_one_that_its_script_takes(jobs):
     for name, command in jobs.items():
         script, *flags = command.split()
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
-            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
 
 
