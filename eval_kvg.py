@@ -289,7 +289,7 @@ R1_SUFFIX = ("  Output the thinking process in <think> </think> "
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
-    """For the user, in one line: where, what was found, what is wanted."""
+    """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
     """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""

@@ -140,7 +140,7 @@ def boxes_in(text, names):
 
 
 def box_iou(a, b):
-    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit, 0..1."""
+    """Of boxes (x1, y1, x2, y2), 0..1."""
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
@@ -171,7 +171,7 @@ R1_SUFFIX = ("  Output the thinking process in <think> </think> "
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
-    """For the user, in one line: where, what was found, what is wanted."""
+    """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
     """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""

@@ -301,14 +301,14 @@ def main():
 def pack_groups(groups, device, reuse_features=False):
     """Prompts, each followed by its completions, in one row; each completion sees its prompt and itself, and has the
     positions that it would have alone behind it."""
-    ids, positions, at, sequences = [], [], [], []  # (tokens of a prompt or a completion, those that it sees)
+    ids, positions, at, targets, sequences = [], [], [], [], []  # (tokens of a prompt or completion, those it sees)
     for g in groups:
         prompt, after = range(len(ids), len(ids) + len(g["prompt_ids"])), int(g["position_ids"][0, -1]) + 1
         ids, positions = ids + g["prompt_ids"], [*positions, g["position_ids"]]
         sequences.append((prompt, prompt))
         for c in g["completions"]:
             own = range(len(ids), len(ids) + len(c.ids))
-            ids, at = ids + c.ids, [*at, prompt[-1], *own[:-1]]
+            ids, at, targets = ids + c.ids, [*at, prompt[-1], *own[:-1]], targets + c.ids
             sequences.append((own, [*prompt, *own]))
             positions.append(torch.arange(after, after + len(own)).expand(3, -1))
     seen = torch.tensor([i for _, keys in sequences for i in keys], device=device)
@@ -318,7 +318,7 @@ def pack_groups(groups, device, reuse_features=False):
         return attend_sequences(query, key[:, :, seen], value[:, :, seen], scaling, *spans)
     row = packed_row(groups, ids, positions, attend, device)
     row.at = torch.tensor(at, device=device)  # (N,), the position before each completion token
-    row.targets = torch.tensor([i for g in groups for c in g["completions"] for i in c.ids], device=device)  # (N,)
+    row.targets = torch.tensor(targets, device=device)  # (N,)
     if reuse_features:  # of a frozen vision tower
         row.image_features = [g["image_features"] for g in groups]
     return row
@@ -331,7 +331,7 @@ R1_SUFFIX = ("  Output the thinking process in <think> </think> "
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
-    """For the user, in one line: where, what was found, what is wanted."""
+    """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
     """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""
