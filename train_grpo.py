@@ -3,12 +3,12 @@
 reads   --data        rows with a box each: samples.jsonl of filter.py, own JSONL, the released GRPO parquets
 writes  --output_dir  metrics.jsonl, samples.jsonl (whole rollouts), run.json, checkpoint-N/ (resumable), final/
   1 GPU   python train_grpo.py --model runs/cot_sft/final --data runs/grpo/samples.jsonl --output_dir runs/train_grpo
-  8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ...   (or CPUs; the same command continues a stopped run)
+  8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ...  (or CPUs; the same command continues a stopped run)
 
 One step: 1 draw prompts (`draw_steps`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
 4 advantages within the group (`group_advantages`)  5 clipped loss + beta x k3 KL (`grpo_loss`) over packed rows
 (`pack_groups`)  6 update. A prompt and its image go through the model once in the rollout and once in the loss; groups
-without an advantage do not. 1 rank and 8 learn the same. Defaults are the paper's (2503.12797), but for beta.
+without an advantage are left out. 1 rank and 8 learn the same. Defaults are the paper's (2503.12797), but for beta.
 Shapes: B prompts, G completions of each, R = B x G; tokens: P of a prompt, C of a completion, T of a packed row, N of
 completions in it; V vocabulary, H query heads, KV key heads, D head width.
 """
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--model", "", "of stage 1, folder or name", required=True)
     add("--data", "", "JSONL, or the released .parquet", required=True, nargs="+")
     add("--image_root", None, "folder of the images (default: that of the row's file)", type=str)
-    add("--output_dir", "", "an interrupted run in it is continued", required=True)
+    add("--output_dir", "", "run folder; an interrupted run is continued", required=True)
     add("--prompt_suffix", R1_SUFFIX, "behind a question (default: the paper's)")
     add("--max_pixels", 401408, "of an image")
     add("--max_prompt_length", 4096, "tokens; longer ones are skipped")
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--weight_decay", 0.0, "of AdamW")
     add("--max_grad_norm", 1.0, "0: no clipping")
     add("--num_epochs", 2.0, "passes over the data")
-    add("--max_steps", None, "steps to stop after instead", type=int)
+    add("--max_steps", None, "stop after this many steps instead", type=int)
     add("--train_batch_size", 16, "prompts per step, over all ranks")
     add("--freeze_vision", False, "and the merger")
     # engine
@@ -214,7 +214,7 @@ def rollout_and_score(engine, processors, prompts, step, args, times):
             p["num_tokens"] = len(p["prompt_ids"]) + sum(len(c.ids) for c in p["completions"])  # of its packed row
 
 def step_metrics(prompts, counted, device):
-    """(means over the step's completions on all ranks, by TRL's names; their number; their tokens)"""
+    """(means over the step's completions, `counted` of them on this rank; their number; their tokens)"""
     each = [{
         "reward": c.reward,
         **{f"rewards/{name}/mean": r for name, r in c.rewards.items()},
@@ -237,7 +237,7 @@ def warn(history):
     if len(history) % 10 == 0 and not any(m["reward"] for m in history[-10:]):
         print0("warning: reward 0 for ten steps; train CoT-SFT first, lower --iou_threshold or add dense_iou")
     if len(history) == 5 and max(m["parse_rate"] for m in history) < 0.05:
-        print0("warning: almost no answer has a box; is --model that of stage 1, --max_completion_length enough?")
+        print0("warning: almost no answer has a box; is --model stage 1's, --max_completion_length enough?")
 
 def main():
     args = parse_args()
@@ -264,7 +264,7 @@ def main():
     shown = ["reward", "reward_std", "acc@0.5", "parse_rate", "frac_reward_zero_std", "completions/mean_length"]
     # 1. prompts
     for step, prompts, times in draw_steps(samples, read, state["step"] + 1, total_steps, args):
-        # 2. completions  3. rewards  4. advantages; in the last step those beyond `total` do not count
+        # 2. completions  3. rewards  4. advantages; of the last step none beyond `total` count
         rollout_and_score(engine, processors, prompts, step, args, times)
         groups = prompts[: len(range((step - 1) * B + rank, min(step * B, total), world_size))]
         metrics, num_sequences, step_tokens = step_metrics(prompts, len(groups) * G, device)

@@ -1,5 +1,4 @@
 """Stage 2 with KARL (version 3 of the paper): what the model knows less of is pulled up more and punished less.
-
   python tools/karl.py --knowledge runs/filter_grpo/mastery.json --model ...        or torchrun tools/karl.py ...
 runs train_grpo.py, whose flags it takes, with its advantages scaled; with `--reward_funcs karl format`, as published,
 the reward is scaled instead, most of which the mean and std of the group undo."""
@@ -17,7 +16,7 @@ LEVELS = {  # level: mastery from, s+ (times a hit), s- (instead of a miss's 0)
     "partially correct": (0.3, 1.0, -0.4), "mostly incorrect": (0.1, 1.2, -0.2), "completely incorrect": (0, 1.4, 0.0)}
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     p.add_argument("--knowledge", required=True, help="mastery.json of filter.py, or KARL's own")
     own, rest = p.parse_known_args(argv)
     return argparse.Namespace(**vars(g.parse_args(rest)), **vars(own))
