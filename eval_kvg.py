@@ -12,8 +12,7 @@ writes  --out: predictions.jsonl (a line per answer: what filter.py and tools/ r
 A case is correct if its one box has IoU >= 0.5 with the truth (arXiv 2503.12797). Differences from the released
 evaluator, whose view of the same answers is `acc_official`: the parser is that of the reward, so a box in the reasoning
 alone, two boxes or a cut-off answer are no box; decoding is greedy; the pixel cap is equal for all models; intervals
-know that questions on one image are not independent. An answer depends on weights, row and (seed, id, sample) alone,
-not on batch size or ranks. A killed run goes on with the same command.
+know that questions on one image are not independent. An answer depends on weights, row and (seed, id, sample) alone.
 """
 
 import argparse
@@ -70,10 +69,9 @@ def parse_args(argv=None):
 
 def prompt_suffix(sample, args):
     """What follows a question; r1 alone has a form for letters."""
-    prompts = {"r1": R1_SUFFIX.replace("bounding box", "letter")}
-    if not sample["options"]:
-        as_json, step_by_step = ", output its bbox coordinates using JSON format.", ". Let's think step by step"
-        prompts = {"r1": R1_SUFFIX, "cot": step_by_step, "json": as_json}
+    letter, as_json = R1_SUFFIX.replace("bounding box", "letter"), ", output its bbox coordinates using JSON format."
+    boxes = {"r1": R1_SUFFIX, "cot": ". Let's think step by step", "json": as_json}
+    prompts = {"r1": letter} if sample["options"] else boxes
     return prompts.get(args.prompt, "") if args.prompt_suffix is None else args.prompt_suffix
 
 # ---- asking ----
@@ -286,15 +284,15 @@ def main():
 # >>> shared:files (copy of synth_data.py)
 QUESTION = "Find and give the bounding box of <|object_ref_start|>{}<|object_ref_end|>"
 ANSWER = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
-R1_SUFFIX = "  Output the thinking process in <think> </think> "
-R1_SUFFIX += "and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = ("  Output the thinking process in <think> </think> "
+             "and final answer (bounding box) in <answer> </answer> tags.")
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
     """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
-    """Rows as dicts. `unfinished`: what a killed run left, if there was one, without its cut last line."""
+    """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""
     lines = b"" if unfinished and not os.path.exists(path) else Path(path).read_bytes()
     rows = []
     for number, line in enumerate(lines.split(b"\n")[: -1 if unfinished else None], 1):
@@ -310,8 +308,8 @@ def write(path, *lines):
     os.replace(f"{path}.tmp", path)
 
 def start_run(out, settings, fixed=()):
-    """Makes and locks the folder, writes run.json: the settings and a hash of this script. Says which of them an
-    earlier run into it had otherwise; those in `fixed` are refused, for one file would hold two kinds of rows."""
+    """Locks the folder, writes run.json: settings and a hash of this script. Says which an earlier run had otherwise;
+    those in `fixed` are refused: one file would hold two kinds of rows."""
     global LOCK  # until the process ends
     out.mkdir(parents=True, exist_ok=True)
     LOCK, path = open(out / ".lock", "w"), out / "run.json"
@@ -320,7 +318,7 @@ def start_run(out, settings, fixed=()):
     except BlockingIOError:
         raise InputError(f"{out}: another run writes here; want one at a time") from None
     except OSError:
-        pass  # some clusters' file systems have no locks
+        pass  # some file systems have no locks
     now = json.loads(to_json(settings | {"script": hashlib.md5(Path(__file__).read_bytes()).hexdigest()}))
     old = json.loads(path.read_bytes()) if path.exists() else now
     changed = {key: f"{old.get(key)} -> {now[key]}" for key in now if old.get(key) != now[key]}
@@ -338,8 +336,8 @@ BOXES = re.compile(rf"{POINT}(?:\s*,\s*{POINT})+|\(\s*{FOUR}\)|\[\s*{FOUR}\]")
 NAMES = re.compile(r'<\|object_ref_start\|>.*?<\|object_ref_end\|>|"label":\s*"(?:[^"\\]|\\.)*"', re.S)
 
 def answer_text(text, mode="r1"):
-    """Where the answer is looked for, without its names, or None. r1: in the one closed <answer> pair, not inside an
-    open <think>; other modes: in the whole text, or in the answer block if there is one."""
+    """Where the answer is looked for, names left out, or None. r1: the one closed <answer> pair, not inside an open
+    <think>; other modes: the whole text, or the answer block if there is one."""
     if (text.count("<answer>"), text.count("</answer>")) == (1, 1):
         before, rest = text.split("<answer>")
         if "</answer>" in rest and before.rfind("<think>") <= before.rfind("</think>"):
@@ -348,9 +346,9 @@ def answer_text(text, mode="r1"):
 
 def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     """The one box of a completion as [x1, y1, x2, y2] on the 0..1000 grid, or None. (x1,y1),(x2,y2), (x1,y1,x2,y2) and
-    [x1,y1,x2,y2] are boxes, nested or in JSON too, with decimals and spaces; "Porsche 911 (901, 930, 964, 993)" between
-    ref tokens is a name. The same box twice is one. Two boxes, a chain of three points, x1 >= x2, y1 >= y2, a number
-    beyond the `grid` (width, height) that the model counts in are none. Nothing is reordered or clipped."""
+    [x1,y1,x2,y2] are boxes, also nested, in JSON, with decimals or spaces, but not in a name. The same box twice is
+    one. Two boxes, three points, x1 >= x2, y1 >= y2, a number beyond the `grid` (width, height) that the model counts
+    in are none. Nothing is reordered or clipped."""
     found = {tuple(map(float, re.findall(NUMBER, m[0]))) for m in BOXES.finditer(answer_text(text, mode) or "")}
     box = found.pop() if len(found) == 1 else ()
     if len(box) != 4 or not (box[0] < box[2] <= grid[0] and box[1] < box[3] <= grid[1]):
@@ -359,7 +357,7 @@ def parse_bbox(text, mode="r1", grid=(1000, 1000)):
     return [int(v) if v == int(v) else v for v in box]
 
 def box_iou(a, b):
-    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit, 0..1."""
+    """Of boxes (x1, y1, x2, y2), 0..1."""
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
@@ -370,18 +368,17 @@ REF = re.compile(r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>", r
 BOX = re.compile(r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_end\|>)?", re.A)
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # the only tokens that rows may hold
 BAD = (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
-# how a family was taught to write boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
+# how a family writes boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
 BOX_STYLES = {"qwen2_vl": (False, False), "qwen2_5_vl": (True, True), "qwen3_vl": (True, False)}
 BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, (json_, pixels) in BOX_STYLES.items()}
 
 def parse_row(r, folder, number):
-    """A row of any format as a sample; raises one of BAD. `suffix`: what the user's turn adds to the question."""
+    """A row of any format as a sample; raises BAD. `suffix`: what its user's turn adds to the question."""
     user, reply = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
     question = r.get("question") or r.get("problem") or r.get("phrase") and QUESTION.format(r["phrase"].strip()) or user
     question = question.replace("<image>", "").removesuffix(R1_SUFFIX)
-    answer = r.get("answer") or r.get("solution") or reply
-    answer = answer.rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
-    image = r["images"][0] if r.get("images") else r["image"]
+    answer = (r.get("answer") or r.get("solution") or reply).rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
+    image = (r.get("images") or [r["image"]])[0]
     image = image.get("bytes") or image["path"] if isinstance(image, dict) else image
     image = str(Path(folder, image)) if isinstance(image, str) else image
     name = r.get("entity") or (REF.findall(answer) + REF.findall(question) + [""])[0]
@@ -396,12 +393,12 @@ def parse_row(r, folder, number):
     if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
     key = [r[name] for name in ("question_id", "id") if r.get(name) is not None] + [number]
-    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"),
-                question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
-                entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
+    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"), question=question, answer=answer, entity=name,
+                bbox_1000=box or None, options=r.get("options"), category=str(r.get("category")).lower(),
+                completion=reply, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX))
 
 def read_samples(paths, image_root=None):
-    """(samples, a line about each row that is none) of JSONL, ShareGPT .json and the released .parquet files"""
+    """(samples, a line about each row that is none) of JSONL, ShareGPT .json, released .parquet files"""
     samples, bad = {}, []
     for path in map(Path, paths):
         if path.suffix == ".parquet":
@@ -421,20 +418,20 @@ def read_samples(paths, image_root=None):
     return list(samples.values()), bad
 
 def load_image(image):
-    """RGB picture of a path or bytes, turned as its EXIF says; transparent parts are white."""
+    """RGB picture of a path or bytes, turned as its EXIF says, on white."""
     im = ImageOps.exif_transpose(Image.open(io.BytesIO(image) if isinstance(image, bytes) else image))
     if im.has_transparency_data:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return im.convert("RGB")
 
 def load_processors(path, max_pixels):
-    """(tokenizer, image processor, box style) of a model. Images by the PIL backend: torchvision makes other pixels."""
+    """(tokenizer, image processor, box style) of a model. By PIL, for torchvision makes other pixels."""
     p = AutoImageProcessor.from_pretrained(path, backend="pil")
     p.size = {"shortest_edge": min(p.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
     return AutoTokenizer.from_pretrained(path), p, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
 
 def chat_inputs(processors, image, text):
-    """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
+    """A user turn with an image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
     pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
     (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
     vision = p(images=[load_image(image)], return_tensors="pt")
@@ -443,7 +440,7 @@ def chat_inputs(processors, image, text):
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
-    # M-RoPE: an image's tokens count frame, row and column from where it starts; the text behind it goes on from there
+    # M-RoPE: an image's tokens count frame, row and column from its start; the text behind it goes on from there
     start = ids.index(tokenizer.convert_tokens_to_ids(pad))
     positions, end = torch.arange(len(ids)).repeat(3, 1), start + rows * columns
     positions[:, start:end] = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(columns)]).T
@@ -451,70 +448,75 @@ def chat_inputs(processors, image, text):
     return {**vision, "prompt_ids": ids, "position_ids": positions, "grid": grid, "style": style}
 
 def init_dist():
-    """(rank, world_size, device), under torchrun or alone; NCCL on CUDA, gloo on a CPU."""
+    """(rank, world_size, device), under torchrun or alone."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(k, v)) for k, v in names.items())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}  # needs no port
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
-    return rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return rank, world_size, torch.device(f"cuda:{local_rank}" if cuda else "cpu")
 
 def print0(message):
     if dist.get_rank() == 0:
         print(message, flush=True)
 
 def leave():
-    """Ends the ranks. One of several now and then aborted in the interpreter's shutdown, all its work done."""
+    """Ends the ranks. Of several one now and then aborted in the interpreter's shutdown."""
     dist.destroy_process_group()
     if os.environ["WORLD_SIZE"] != "1":
         os._exit(0)
 
 def load_model(path, dtype, device):
-    """A Qwen-VL on the device, made `packable`. dtype auto: bfloat16 on CUDA, float32 on a CPU."""
+    """A `packable` Qwen-VL on the device."""
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     return packable(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 def packable(model):
-    """The model with `packed_flash` for attention, and patches embedded by a matrix product."""
+    """The model with `packed_flash` for attention."""
     AttentionInterface.register("packed_flash", packed_flash)
-    model.config._attn_implementation = "packed_flash"  # set_attn_implementation would look for the flash-attn package
-    proj = model.model.visual.patch_embed.proj  # a convolution whose stride is its kernel: cuDNN may take seconds
+    model.config._attn_implementation = "packed_flash"  # its setter looks for flash-attn
+    proj = model.model.visual.patch_embed.proj  # stride = kernel, a product; cuDNN may take seconds
     proj.forward = MethodType(lambda self, x: F.linear(x.flatten(1), self.weight.flatten(1), self.bias), proj)
     return model
 
 def packed_flash(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
+    """What transformers calls: the decoder with the row's `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # given since "flash" is in the name
     return attend_sequences(query, key, value, scaling, spans, causal=False), None
 
 def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=True):
-    """Attention within sequences that lie end to end. Spans: their ends, int32, from 0 on, and the longest; keys may be
-    more, whose last the last query sees. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
+    """Attention within sequences end to end. Spans: their ends, int32, from 0 on, and the longest; of more keys than
+    queries the last query sees all. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
     (ends, longest), (key_ends, longest_key) = spans, key_spans or spans
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
         options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
         return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
-    sizes = [x.diff().tolist() for x in (ends, key_ends, key_ends)]
-    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
-    def attend(q, k, v):
+    out, lengths, key_lengths = [], ends.diff().tolist(), key_ends.diff().tolist()
+    for q, k, v in zip(query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)), strict=True):
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
-    return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
+        out.append(F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2)
+
+def packed_row(items, ids, positions, attend, device):
+    """Sequences end to end, no padding: input_ids (1, T), position_ids (3, 1, T), M-RoPE, images, who sees whom."""
+    row = {"input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None]}
+    row |= {k: torch.cat([x[k] for x in items]) for k in ("pixel_values", "image_grid_thw")}
+    return SimpleNamespace(**{k: x.to(device) for k, x in row.items()}, image_features=None, attend=attend)
 
 def embed_images(model, row):
-    """Per image (1 + levels, visual tokens, hidden): what the decoder reads there, and adds behind its first layers."""
+    """Per image (1 + levels, visual tokens, hidden): what the decoder reads, then adds behind its first layers."""
     out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]  # deepstack: Qwen3-VL
-    return [torch.stack(image) for image in zip(*levels, strict=True)]
+    return torch.stack([x if torch.is_tensor(x) else torch.cat(x) for x in levels]).split([*map(len, levels[0])], 1)
 
 def hidden_states(model, row):
-    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
-    first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
+    """Last ones (T, hidden) of a packed row; its images may be embedded already."""
+    first, *rest = torch.cat(row.image_features or embed_images(model, row), 1)
     seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
     inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
     options = {"visual_pos_masks": seen, "deepstack_visual_embeds": rest} if rest else {}
@@ -527,11 +529,11 @@ STOP = ["<|im_end|>", "<|endoftext|>"]
 BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # stand for images
 
 class Rollout:
-    """G completions of each of B prompts, decoded as R = B x G rows, those of a prompt side by side. Prompts and images
-    go through the model once, in one packed row; then one token of all rows at a time. On the device: per layer
-    prompt_kv (2, B, KV, P, D), read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding;
-    logits (R, V) fp32 and position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1).
-    Results: tokens (R, C), -1 behind the end, and logps (R, C) fp32; slot (R,) is a row's place in them."""
+    """G completions of each of B prompts, decoded as R = B x G rows, a prompt's side by side. Prompts and images go
+    through the model once, in one packed row; then a token of all rows at a time. On the device: per layer prompt_kv
+    (2, B, KV, P, D), read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding; logits
+    (R, V) fp32, position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1). Results:
+    tokens (R, C), -1 behind the end, logps (R, C) fp32; slot (R,), a row's place in them."""
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]
@@ -542,10 +544,8 @@ class Rollout:
             kv = torch.nn.utils.rnn.pad_sequence(kv, batch_first=True)  # (B, P, KV, 2, D)
             self.prompt_kv.append(kv.permute(3, 0, 2, 1, 4).contiguous())
             return attend_sequences(query, key, value, scaling, (ends, P))
-        row = {k: torch.cat([p[k] for p in prompts]).to(device) for k in ("pixel_values", "image_grid_thw")}
-        row = SimpleNamespace(**row, attend=attend)
-        row.input_ids = torch.tensor([[i for p in prompts for i in p["prompt_ids"]]], device=device)
-        row.position_ids = torch.cat([p["position_ids"] for p in prompts], 1)[:, None].to(device)
+        ids, positions = [i for p in prompts for i in p["prompt_ids"]], [p["position_ids"] for p in prompts]
+        row = packed_row(prompts, ids, positions, attend, device)
         row.image_features = embed_images(model, row)
         for p, features in zip(prompts, row.image_features, strict=True):
             p["image_features"] = features
@@ -562,7 +562,7 @@ class Rollout:
         self.stop, self.banned = (torch.tensor(tokenizer.convert_tokens_to_ids(t)).to(device) for t in (STOP, BANNED))
 
     def advance(self):
-        """Samples a token for every row (temperature 0: the likeliest) and sends it through the model."""
+        """Samples a token for every row (temperature 0: the likeliest), sends it through the model."""
         logits = self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)
         token, probs = logits.argmax(-1), logits.softmax(-1)
         if self.temperature:
@@ -582,8 +582,8 @@ class Rollout:
         self.step += 1
 
     def attend(self, layer, query, key, value, scaling):
-        """Of one new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
-        softmax runs over prompt and completion, with scores in fp32, as attention kernels have it."""
+        """Of a new token per row: (R, H, 1, D) -> (R, 1, H, D). A prompt's keys are read once for all its rows; one
+        softmax over prompt and completion, scores in fp32, as in attention kernels."""
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt_kv[layer], self.own_kv[layer]
         B, KV, G, W, D = own_k.shape
         def by_prompt(x):  # (R, KV x n, 1, D) -> (B, KV, G, n, D)
@@ -600,23 +600,23 @@ class Rollout:
         return out.transpose(1, 2).reshape(len(query), 1, -1, D)
 
     def drop_finished(self):
-        """Leaves behind the groups that are done, and rows of the others down to what the fullest still needs."""
+        """Leaves behind groups that are done, and rows of the others down to what the fullest needs."""
         unfinished = ~self.done.view(len(self.behind), -1)  # (B, G)
         groups, most = unfinished.any(1).nonzero()[:, 0], int(unfinished.sum(1).max())
         if len(groups) * most > 0.9 * unfinished.numel():
             return
         first = unfinished.int().argsort(dim=1, descending=True, stable=True)[groups, :most]
         keep = (first + groups[:, None] * unfinished.shape[1]).flatten()
-        for name, kept in {"position": keep, "logits": keep, "done": keep, "slot": keep, "behind": groups}.items():
-            setattr(self, name, getattr(self, name)[kept])
-        self.prompt_kv = [x[:, groups] for x in self.prompt_kv]
+        for name in ("position", "logits", "done", "slot"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.behind, self.prompt_kv = self.behind[groups], [x[:, groups] for x in self.prompt_kv]
         self.own_kv = [[x[groups[:, None], :, first].transpose(1, 2) for x in kv] for kv in self.own_kv]
 
     def decode(self, graphs):
-        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, and `done` is read at times."""
+        """Until all rows stop. `graphs` (CUDA): a step is a captured graph, `done` is read at times."""
         C, stride = self.tokens.shape[1], 256 if graphs else 16
         for t in range(C):
-            if t % stride == 0:  # room for more tokens; the pass after it is also the warm-up that a capture needs
+            if t % stride == 0:  # room for more; the pass after it also warms up, as a capture needs
                 self.drop_finished()
                 self.own_kv = [[F.pad(x, (0, 0, 0, min(stride, C - t))) for x in kv] for kv in self.own_kv]
                 advance = self.advance
@@ -627,7 +627,7 @@ class Rollout:
                 break
 
 def capture(advance):
-    """`advance` as a CUDA graph: returns its replay. Capturing runs nothing."""
+    """Replay of `advance` as a CUDA graph. Capturing runs nothing."""
     torch.cuda.synchronize()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         advance()
@@ -635,7 +635,7 @@ def capture(advance):
 
 @torch.no_grad()
 def rollout(model, tokenizer, prompts, seeds, max_completion_length, temperature):
-    """Per prompt [(ids, logps (C,) fp32, finished)], functions of weights, prompt, seed; gives it "image_features"."""
+    """Per prompt [(ids, logps (C,) fp32, finished)], by weights, prompt, seed alone; gives it "image_features"."""
     r = Rollout(model.eval(), tokenizer, prompts, seeds, max_completion_length, temperature)
     r.decode(graphs=r.logits.is_cuda)
     ids = [[i for i in row if i >= 0] for row in r.tokens.tolist()]

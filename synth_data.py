@@ -384,15 +384,15 @@ def open_image(at):
 # >>> shared:files (source)
 QUESTION = "Find and give the bounding box of <|object_ref_start|>{}<|object_ref_end|>"
 ANSWER = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
-R1_SUFFIX = "  Output the thinking process in <think> </think> "
-R1_SUFFIX += "and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = ("  Output the thinking process in <think> </think> "
+             "and final answer (bounding box) in <answer> </answer> tags.")
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
     """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
-    """Rows as dicts. `unfinished`: what a killed run left, if there was one, without its cut last line."""
+    """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""
     lines = b"" if unfinished and not os.path.exists(path) else Path(path).read_bytes()
     rows = []
     for number, line in enumerate(lines.split(b"\n")[: -1 if unfinished else None], 1):
@@ -408,8 +408,8 @@ def write(path, *lines):
     os.replace(f"{path}.tmp", path)
 
 def start_run(out, settings, fixed=()):
-    """Makes and locks the folder, writes run.json: the settings and a hash of this script. Says which of them an
-    earlier run into it had otherwise; those in `fixed` are refused, for one file would hold two kinds of rows."""
+    """Locks the folder, writes run.json: settings and a hash of this script. Says which an earlier run had otherwise;
+    those in `fixed` are refused: one file would hold two kinds of rows."""
     global LOCK  # until the process ends
     out.mkdir(parents=True, exist_ok=True)
     LOCK, path = open(out / ".lock", "w"), out / "run.json"
@@ -418,7 +418,7 @@ def start_run(out, settings, fixed=()):
     except BlockingIOError:
         raise InputError(f"{out}: another run writes here; want one at a time") from None
     except OSError:
-        pass  # some clusters' file systems have no locks
+        pass  # some file systems have no locks
     now = json.loads(to_json(settings | {"script": hashlib.md5(Path(__file__).read_bytes()).hexdigest()}))
     old = json.loads(path.read_bytes()) if path.exists() else now
     changed = {key: f"{old.get(key)} -> {now[key]}" for key in now if old.get(key) != now[key]}

@@ -10,7 +10,6 @@ writes  --output_dir  metrics.jsonl, run.json, checkpoint-N/ (resumable), final/
 One step: 1 draw sequences (`draw_steps`, `encode`)  2 pack them into rows without padding (`pack_sequences`)  3 loss,
 the mean of -log p over all assistant tokens of the step on all ranks  4 update. The same command continues a stopped
 run; 1 rank and 8 learn the same.
-
 Defaults are the paper's (arXiv 2503.12797, LLaMA-Factory recipe). Differences: an over-long row is skipped and
 counted, never cut; the loss weighs tokens equally, not ranks; lm_head runs where there is a label alone.
 Shapes: T tokens of a packed row, N of them supervised, P prompt tokens, V vocabulary.
@@ -32,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -123,15 +121,11 @@ def pack_sequences(items, device):
         C, after = len(x["completion_ids"]), int(x["position_ids"][0, -1]) + 1
         positions += [x["position_ids"], torch.arange(after, after + C).expand(3, -1)]
         at += range(end - C - 1, end - 1)
-    return SimpleNamespace(
-        input_ids=torch.tensor([[i for x in items for i in x["prompt_ids"] + x["completion_ids"]]], device=device),
-        position_ids=torch.cat(positions, 1)[:, None].to(device),  # (3, 1, T), M-RoPE
-        at=torch.tensor(at, device=device),  # (N,), the position before each supervised token
-        targets=torch.tensor([i for x in items for i in x["completion_ids"]], device=device),  # (N,), that token
-        **{k: torch.cat([x[k] for x in items]).to(device) for k in ("pixel_values", "image_grid_thw")},
-        image_features=None,
-        attend=lambda layer, *args: attend_sequences(*args, spans),
-    )
+    ids = [i for x in items for i in x["prompt_ids"] + x["completion_ids"]]
+    row = packed_row(items, ids, positions, lambda layer, *args: attend_sequences(*args, spans), device)
+    row.at = torch.tensor(at, device=device)  # (N,), the position before each supervised token
+    row.targets = torch.tensor([i for x in items for i in x["completion_ids"]], device=device)  # (N,), that token
+    return row
 
 def main():
     args = parse_args()
@@ -139,8 +133,8 @@ def main():
     out, B = Path(args.output_dir), args.train_batch_size
     if rank == 0:
         start_run(out, vars(args) | {"ranks": world_size, "torch": torch.__version__})
-    if (out / "final").exists():  # to train on, remove it
-        return print0(f"{out / 'final'} is there already")
+    if (out / "final").exists():
+        return print0(f"{out / 'final'} is there; to train on, remove it")
     processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
     read = partial(encode, processors, args)
     samples, total, total_steps = usable(*rows, lambda s: read(s)["num_tokens"], args.max_length, args)
@@ -181,15 +175,15 @@ def main():
 # >>> shared:files (copy of synth_data.py)
 QUESTION = "Find and give the bounding box of <|object_ref_start|>{}<|object_ref_end|>"
 ANSWER = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
-R1_SUFFIX = "  Output the thinking process in <think> </think> "
-R1_SUFFIX += "and final answer (bounding box) in <answer> </answer> tags."
+R1_SUFFIX = ("  Output the thinking process in <think> </think> "
+             "and final answer (bounding box) in <answer> </answer> tags.")
 to_json = partial(json.dumps, ensure_ascii=False)
 
 class InputError(ValueError):
     """What the user has to mend, in one line: where, what was found, what is wanted."""
 
 def read_jsonl(path, unfinished=False):
-    """Rows as dicts. `unfinished`: what a killed run left, if there was one, without its cut last line."""
+    """Rows as dicts. `unfinished`: of a killed run, if there was one, without its cut last line."""
     lines = b"" if unfinished and not os.path.exists(path) else Path(path).read_bytes()
     rows = []
     for number, line in enumerate(lines.split(b"\n")[: -1 if unfinished else None], 1):
@@ -205,8 +199,8 @@ def write(path, *lines):
     os.replace(f"{path}.tmp", path)
 
 def start_run(out, settings, fixed=()):
-    """Makes and locks the folder, writes run.json: the settings and a hash of this script. Says which of them an
-    earlier run into it had otherwise; those in `fixed` are refused, for one file would hold two kinds of rows."""
+    """Locks the folder, writes run.json: settings and a hash of this script. Says which an earlier run had otherwise;
+    those in `fixed` are refused: one file would hold two kinds of rows."""
     global LOCK  # until the process ends
     out.mkdir(parents=True, exist_ok=True)
     LOCK, path = open(out / ".lock", "w"), out / "run.json"
@@ -215,7 +209,7 @@ def start_run(out, settings, fixed=()):
     except BlockingIOError:
         raise InputError(f"{out}: another run writes here; want one at a time") from None
     except OSError:
-        pass  # some clusters' file systems have no locks
+        pass  # some file systems have no locks
     now = json.loads(to_json(settings | {"script": hashlib.md5(Path(__file__).read_bytes()).hexdigest()}))
     old = json.loads(path.read_bytes()) if path.exists() else now
     changed = {key: f"{old.get(key)} -> {now[key]}" for key in now if old.get(key) != now[key]}
@@ -231,18 +225,17 @@ REF = re.compile(r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>", r
 BOX = re.compile(r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_end\|>)?", re.A)
 PAIRS = re.compile(r"<\|(object_ref|box)_start\|>(?:(?!<\|).)*<\|\1_end\|>", re.S)  # the only tokens that rows may hold
 BAD = (LookupError, TypeError, AttributeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
-# how a family was taught to write boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
+# how a family writes boxes: as JSON, else between box tokens; in pixels of the resized image, else 0..1000
 BOX_STYLES = {"qwen2_vl": (False, False), "qwen2_5_vl": (True, True), "qwen3_vl": (True, False)}
 BOX_STYLES = {kind: SimpleNamespace(json=json_, pixels=pixels) for kind, (json_, pixels) in BOX_STYLES.items()}
 
 def parse_row(r, folder, number):
-    """A row of any format as a sample; raises one of BAD. `suffix`: what the user's turn adds to the question."""
+    """A row of any format as a sample; raises BAD. `suffix`: what its user's turn adds to the question."""
     user, reply = ([t["content"].replace("<image>", "") for t in r.get("messages") or ()] + ["", ""])[:2]
     question = r.get("question") or r.get("problem") or r.get("phrase") and QUESTION.format(r["phrase"].strip()) or user
     question = question.replace("<image>", "").removesuffix(R1_SUFFIX)
-    answer = r.get("answer") or r.get("solution") or reply
-    answer = answer.rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
-    image = r["images"][0] if r.get("images") else r["image"]
+    answer = (r.get("answer") or r.get("solution") or reply).rsplit("<answer>", 1)[-1].split("</answer>")[0].strip()
+    image = (r.get("images") or [r["image"]])[0]
     image = image.get("bytes") or image["path"] if isinstance(image, dict) else image
     image = str(Path(folder, image)) if isinstance(image, str) else image
     name = r.get("entity") or (REF.findall(answer) + REF.findall(question) + [""])[0]
@@ -257,12 +250,12 @@ def parse_row(r, folder, number):
     if found := re.search(r"<\|.{0,20}", PAIRS.sub("", f"{question}\n{answer}\n{user}\n{reply}")):
         raise ValueError(f"{found[0]!r} in a text; want no tokens but pairs around a name or a box")
     key = [r[name] for name in ("question_id", "id") if r.get(name) is not None] + [number]
-    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"),
-                question=question, answer=answer, bbox_1000=box or None, options=r.get("options"), completion=reply,
-                entity=name, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX), category=str(r.get("category")).lower())
+    return dict(id=str(key[0]), image=image, image_id=r.get("image_id"), question=question, answer=answer, entity=name,
+                bbox_1000=box or None, options=r.get("options"), category=str(r.get("category")).lower(),
+                completion=reply, suffix=R1_SUFFIX * user.endswith(R1_SUFFIX))
 
 def read_samples(paths, image_root=None):
-    """(samples, a line about each row that is none) of JSONL, ShareGPT .json and the released .parquet files"""
+    """(samples, a line about each row that is none) of JSONL, ShareGPT .json, released .parquet files"""
     samples, bad = {}, []
     for path in map(Path, paths):
         if path.suffix == ".parquet":
@@ -282,20 +275,20 @@ def read_samples(paths, image_root=None):
     return list(samples.values()), bad
 
 def load_image(image):
-    """RGB picture of a path or bytes, turned as its EXIF says; transparent parts are white."""
+    """RGB picture of a path or bytes, turned as its EXIF says, on white."""
     im = ImageOps.exif_transpose(Image.open(io.BytesIO(image) if isinstance(image, bytes) else image))
     if im.has_transparency_data:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return im.convert("RGB")
 
 def load_processors(path, max_pixels):
-    """(tokenizer, image processor, box style) of a model. Images by the PIL backend: torchvision makes other pixels."""
+    """(tokenizer, image processor, box style) of a model. By PIL, for torchvision makes other pixels."""
     p = AutoImageProcessor.from_pretrained(path, backend="pil")
     p.size = {"shortest_edge": min(p.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
     return AutoTokenizer.from_pretrained(path), p, BOX_STYLES[AutoConfig.from_pretrained(path).model_type]
 
 def chat_inputs(processors, image, text):
-    """A user turn with one image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
+    """A user turn with an image, up to the assistant's first token: prompt_ids, list of P; position_ids (3, P);
     pixel_values (patches, values); image_grid_thw (1, 3); grid, the (width, height) that boxes count in; style."""
     (tokenizer, p, style), pad, text = processors, "<|image_pad|>", REF.sub(r"\1", text) if processors[2].json else text
     vision = p(images=[load_image(image)], return_tensors="pt")
@@ -304,7 +297,7 @@ def chat_inputs(processors, image, text):
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt.replace(pad, pad * (rows * columns), 1), add_special_tokens=False)
-    # M-RoPE: an image's tokens count frame, row and column from where it starts; the text behind it goes on from there
+    # M-RoPE: an image's tokens count frame, row and column from its start; the text behind it goes on from there
     start = ids.index(tokenizer.convert_tokens_to_ids(pad))
     positions, end = torch.arange(len(ids)).repeat(3, 1), start + rows * columns
     positions[:, start:end] = start + torch.tensor([(0, y, x) for y in range(rows) for x in range(columns)]).T
@@ -312,70 +305,75 @@ def chat_inputs(processors, image, text):
     return {**vision, "prompt_ids": ids, "position_ids": positions, "grid": grid, "style": style}
 
 def init_dist():
-    """(rank, world_size, device), under torchrun or alone; NCCL on CUDA, gloo on a CPU."""
+    """(rank, world_size, device), under torchrun or alone."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(k, v)) for k, v in names.items())
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}  # needs no port
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2), **alone)
-    return rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return rank, world_size, torch.device(f"cuda:{local_rank}" if cuda else "cpu")
 
 def print0(message):
     if dist.get_rank() == 0:
         print(message, flush=True)
 
 def leave():
-    """Ends the ranks. One of several now and then aborted in the interpreter's shutdown, all its work done."""
+    """Ends the ranks. Of several one now and then aborted in the interpreter's shutdown."""
     dist.destroy_process_group()
     if os.environ["WORLD_SIZE"] != "1":
         os._exit(0)
 
 def load_model(path, dtype, device):
-    """A Qwen-VL on the device, made `packable`. dtype auto: bfloat16 on CUDA, float32 on a CPU."""
+    """A `packable` Qwen-VL on the device."""
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(dtype, dtype)
     return packable(AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
 def packable(model):
-    """The model with `packed_flash` for attention, and patches embedded by a matrix product."""
+    """The model with `packed_flash` for attention."""
     AttentionInterface.register("packed_flash", packed_flash)
-    model.config._attn_implementation = "packed_flash"  # set_attn_implementation would look for the flash-attn package
-    proj = model.model.visual.patch_embed.proj  # a convolution whose stride is its kernel: cuDNN may take seconds
+    model.config._attn_implementation = "packed_flash"  # its setter looks for flash-attn
+    proj = model.model.visual.patch_embed.proj  # stride = kernel, a product; cuDNN may take seconds
     proj.forward = MethodType(lambda self, x: F.linear(x.flatten(1), self.weight.flatten(1), self.bias), proj)
     return model
 
 def packed_flash(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What transformers calls: the decoder with the model's own `attend`, the vision tower within images or windows."""
+    """What transformers calls: the decoder with the row's `attend`, the vision tower within images or windows."""
     if attend:
         return attend(module.layer_idx, query, key, value, scaling), None
-    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # passed for the sake of the "flash" in the name
+    spans = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # given since "flash" is in the name
     return attend_sequences(query, key, value, scaling, spans, causal=False), None
 
 def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=True):
-    """Attention within sequences that lie end to end. Spans: their ends, int32, from 0 on, and the longest; keys may be
-    more, whose last the last query sees. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
+    """Attention within sequences end to end. Spans: their ends, int32, from 0 on, and the longest; of more keys than
+    queries the last query sees all. Shapes: query (1, H, T, D), key, value (1, KV, K, D) -> (1, T, H, D)."""
     (ends, longest), (key_ends, longest_key) = spans, key_spans or spans
     if query.is_cuda and query.dtype != torch.float32:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: always
         options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
         return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
-    sizes = [x.diff().tolist() for x in (ends, key_ends, key_ends)]
-    parts = zip(*(x.split(n, 2) for x, n in zip((query, key, value), sizes, strict=True)), strict=True)
-    def attend(q, k, v):
+    out, lengths, key_lengths = [], ends.diff().tolist(), key_ends.diff().tolist()
+    for q, k, v in zip(query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)), strict=True):
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True)
-    return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1)
+        out.append(F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2)
+
+def packed_row(items, ids, positions, attend, device):
+    """Sequences end to end, no padding: input_ids (1, T), position_ids (3, 1, T), M-RoPE, images, who sees whom."""
+    row = {"input_ids": torch.tensor([ids]), "position_ids": torch.cat(positions, 1)[:, None]}
+    row |= {k: torch.cat([x[k] for x in items]) for k in ("pixel_values", "image_grid_thw")}
+    return SimpleNamespace(**{k: x.to(device) for k, x in row.items()}, image_features=None, attend=attend)
 
 def embed_images(model, row):
-    """Per image (1 + levels, visual tokens, hidden): what the decoder reads there, and adds behind its first layers."""
+    """Per image (1 + levels, visual tokens, hidden): what the decoder reads, then adds behind its first layers."""
     out = model.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
     levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]  # deepstack: Qwen3-VL
-    return [torch.stack(image) for image in zip(*levels, strict=True)]
+    return torch.stack([x if torch.is_tensor(x) else torch.cat(x) for x in levels]).split([*map(len, levels[0])], 1)
 
 def hidden_states(model, row):
-    """Last ones (T, hidden) of a packed row: input_ids (1, T), position_ids (3, 1, T), attend, its images."""
-    first, *rest = (torch.cat(x) for x in zip(*(row.image_features or embed_images(model, row)), strict=True))
+    """Last ones (T, hidden) of a packed row; its images may be embedded already."""
+    first, *rest = torch.cat(row.image_features or embed_images(model, row), 1)
     seen, inputs = row.input_ids == model.config.image_token_id, model.get_input_embeddings()(row.input_ids)
     inputs = inputs.masked_scatter(seen[..., None], first.to(inputs.dtype))
     options = {"visual_pos_masks": seen, "deepstack_visual_embeds": rest} if rest else {}
@@ -384,23 +382,23 @@ def hidden_states(model, row):
 # <<< shared:model
 
 # >>> shared:engine (source)
-DS_CONFIG = """{"zero_optimization": {"stage": 2, "overlap_comm": true, "contiguous_gradients": true,
-    "reduce_bucket_size": 560000000, "allgather_bucket_size": 560000000}, "steps_per_print": 1000000000}"""
+DS_CONFIG = """{"zero_optimization": {
+    "stage": 2, "overlap_comm": true, "reduce_bucket_size": 560000000, "allgather_bucket_size": 560000000}}"""
 
 def usable(samples, bad, num_tokens, most_tokens, args):
-    """(samples of up to `most_tokens`, how many of them the run takes, its steps); for bad ones num_tokens raises"""
+    """(samples of up to `most_tokens`, how many the run takes, its steps); num_tokens raises for bad ones"""
     B, world_size = args.train_batch_size, dist.get_world_size()
     def look(sample):
         try:
-            return num_tokens(sample)
+            return num_tokens(sample), None
         except BAD as e:
-            return f"{sample['id']}: {type(e).__name__} {e}"
+            return math.inf, f"{sample['id']}: {type(e).__name__} {e}"
     with ThreadPoolExecutor() as pool:
         found = [[*pool.map(look, samples)] if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
-    bad = bad + [line for line in found[0] if isinstance(line, str)]
-    kept = [s for s, n in zip(samples, found[0], strict=True) if not isinstance(n, str) and n <= most_tokens]
-    print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, the others too long or bad", *bad]))
+    bad = bad + [line for _, line in found[0] if line]
+    kept = [s for s, (n, _) in zip(samples, found[0], strict=True) if n <= most_tokens]
+    print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, not too long or bad", *bad]))
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
         want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
@@ -408,10 +406,10 @@ def usable(samples, bad, num_tokens, most_tokens, args):
     return kept, total, math.ceil(total / B)  # the last step takes what is left
 
 def draw_steps(samples, read, first, total_steps, args):
-    """(step, this rank's inputs, {"data": seconds waited for them}) from step `first` on; threads read a step ahead."""
+    """(step, this rank's inputs, {"data": seconds waited}) from step `first` on; threads read a step ahead."""
     rank, world_size, B = dist.get_rank(), dist.get_world_size(), args.train_batch_size
     epochs = range(math.ceil(total_steps * B / len(samples)))
-    order = [s for e in epochs for s in random.Random(f"{args.seed}:{e}").sample(samples, len(samples))]
+    order = [s | {"epoch": e} for e in epochs for s in random.Random(f"{args.seed}:{e}").sample(samples, len(samples))]
     mine = [order[i + rank : i + B : world_size] for i in range(0, total_steps * B, B)] + [[]]  # by step
     with ThreadPoolExecutor(4) as pool:
         ahead = pool.map(read, mine[first - 1])
@@ -420,7 +418,7 @@ def draw_steps(samples, read, first, total_steps, args):
             yield step, [*now], {"data": time.perf_counter() - began}
 
 class CompletionLogProbs(torch.nn.Module):
-    """Packed row in, fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
+    """Packed row -> fp32 log-probs (N,) of its completion tokens with the sampler's temperature and banned ids."""
     def __init__(self, model, banned=(), temperature=1.0, chunk=2**26):
         super().__init__()
         self.model, self.temperature = model, temperature
@@ -432,30 +430,30 @@ class CompletionLogProbs(torch.nn.Module):
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     def forward(self, row):
-        hidden = hidden_states(self.model, row)[row.at]  # lm_head runs on these N positions alone
-        if len(hidden) <= self.size:  # else in chunks that the backward pass computes again
+        hidden = hidden_states(self.model, row)[row.at]  # lm_head runs on these N alone
+        if len(hidden) <= self.size:  # else in chunks, computed again in the backward pass
             return self.score(hidden, row.targets)
         parts = zip(hidden.split(self.size), row.targets.split(self.size), strict=True)
         return torch.cat([checkpoint(self.score, *part, use_reentrant=False) for part in parts])
 
 def start_engine(scorer, args):
-    """DeepSpeed around a CompletionLogProbs. With bf16 weights gradients are bf16 too, the optimizer is fp32."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ at the first start on a CPU
-    model, beside = scorer.model, Path(__file__).with_name("ds_config.json")
+    """DeepSpeed around a CompletionLogProbs. bf16 weights have bf16 gradients and an fp32 optimizer."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ on a CPU
+    model, path = scorer.model, Path(args.deepspeed or Path(__file__).with_name("ds_config.json"))
     model.model.visual.requires_grad_(not args.freeze_vision)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = json.loads(Path(args.deepspeed or beside).read_text() if args.deepspeed or beside.exists() else DS_CONFIG)
+    config = json.loads(path.read_text() if args.deepspeed or path.exists() else DS_CONFIG)
     config["zero_optimization"] |= {"stage": args.zero_stage} if args.zero_stage else {}
     config |= {"gradient_clipping": args.max_grad_norm, "bf16": {"enabled": model.dtype == torch.bfloat16}}
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # main() says where steps end
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": model.device.type == "cuda"}
     optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], **options)
-    dist.barrier()  # all ranks have loaded: DeepSpeed's own groups wait for 10 minutes alone
+    dist.barrier()  # all have loaded: DeepSpeed's groups wait 10 minutes alone
     return deepspeed.initialize(model=scorer, optimizer=optimizer, config=config)[0]
 
 def fill_rows(items, budget, device):
-    """Items, longest first, in rows of up to `budget` "num_tokens". As many on every rank, for all reduce gradients."""
+    """Items, longest first, in rows of up to `budget` "num_tokens"; as many on every rank."""
     rows = []
     for item in sorted(items, key=lambda x: -x["num_tokens"]):
         fits = [row for row in rows if sum(x["num_tokens"] for x in [*row, item]) <= budget]
@@ -465,20 +463,19 @@ def fill_rows(items, budget, device):
     return rows + [[]] * (int(most) - len(rows))
 
 def set_learning_rate(engine, update, updates, args):
-    """Rate of update 0..updates - 1: linear warm-up, then cosine, linear or constant."""
+    """For update 0..updates - 1; linear warm-up."""
     warmup = math.ceil(args.warmup_ratio * updates)
     done = max(0, update - warmup) / max(1, updates - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.lr_scheduler]
     engine.optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (update + 1) / max(1, warmup)) * shape
 
 def all_sum(values, device):
-    """Sums of numbers over all ranks."""
     dist.all_reduce(total := torch.tensor(values, dtype=torch.float64, device=device))
     return total.tolist()
 
 @contextmanager
 def timed(seconds, phase):
-    """Adds the wall time of the block, in seconds, to seconds[phase]; waits for the device."""
+    """Adds the block's wall time to seconds[phase]; waits for the device."""
     began = time.perf_counter()
     yield
     if torch.cuda.is_available():
@@ -486,38 +483,40 @@ def timed(seconds, phase):
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
 def log_step(engine, out, row, shown, times, row_tokens, steps_left, args, completions=()):
-    """Adds to a step's metrics what it cost, appends them to metrics.jsonl, and prints those `shown`."""
+    """Adds to a step's metrics what it cost, appends them to metrics.jsonl, prints those `shown`."""
     norm, seconds, cuda = engine.get_global_grad_norm(), sum(times.values()), engine.device.type == "cuda"
     if not math.isfinite(row["loss"]) or engine.optimizer.overflow:  # then DeepSpeed did not apply the step
         raise InputError(f"step {row['step']}: loss {row['loss']}, gradient {norm}; want a lower --learning_rate")
     row |= {"grad_norm": float(norm or 0.0), "learning_rate": engine.optimizer.param_groups[0]["lr"]}
     row["mem_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**20
-    row |= {f"time/{phase}": s for phase, s in times.items()} | {"step_time": seconds}
-    row["train_tokens_per_second"] = row_tokens / times["train"]  # of this rank
+    row |= {f"time/{phase}": s for phase, s in times.items()}
+    row |= {"step_time": seconds, "train_tokens_per_second": row_tokens / times["train"]}  # of this rank
     if engine.global_rank == 0:
         for name, lines in (("metrics", [row]), ("samples", completions)):
             with open(out / f"{name}.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+                f.writelines(to_json(line, allow_nan=False) + "\n" for line in lines)
         if args.wandb:
-            import_module("wandb").log(row, step=row["step"])
+            import wandb
+            wandb.log(row, step=row["step"])
         shown = " | ".join(f"{key} {row[key]:.4g}" for key in ["loss", *shown, "grad_norm", "learning_rate", "mem_gib"])
         phases = ", ".join(f"{phase} {s:.1f}" for phase, s in times.items())
         end = f"{seconds:.1f} s ({phases}) | eta {steps_left * seconds / 60:.1f} min"
-        print(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {end}", flush=True)
+        print0(f"step {row['step']}/{row['step'] + steps_left} | {shown} | {end}")
 
 def save_step(engine, processors, out, state, stop, steps_left, args):
-    """A checkpoint every --save_steps and on SIGTERM, final/ after the last step. A folder is complete or absent."""
+    """A checkpoint every --save_steps and on SIGTERM, final/ at the end. A folder is complete or absent."""
     if not (stop or not steps_left or args.save_steps and state["step"] % args.save_steps == 0):
         return
-    folder, model = out / (f"checkpoint-{state['step']}" if steps_left else "final"), engine.module.model
+    folder = out / (f"checkpoint-{state['step']}" if steps_left else "final")
     part, sharded = Path(f"{folder}.tmp"), engine.zero_optimization_stage() == 3
-    shutil.rmtree(part, ignore_errors=True)  # by the rank that is first
+    shutil.rmtree(part, ignore_errors=True)  # by the first rank
     dist.barrier()
     if steps_left:
         engine.save_checkpoint(str(part), tag="engine")
     weights = engine._zero3_consolidated_16bit_state_dict() if sharded else engine.module.state_dict()
     if engine.global_rank == 0:  # a Hugging Face folder, renamed last
-        model.save_pretrained(part, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+        weights = {name.removeprefix("model."): w for name, w in weights.items()}
+        engine.module.model.save_pretrained(part, state_dict=weights)
         for processor in processors[:2]:
             processor.save_pretrained(part)
         write(part / "state.json", to_json(state | {"ranks": dist.get_world_size()}))
@@ -536,10 +535,10 @@ def checkpoints(out):
 
 def resume(engine, out, args):
     """state.json of the newest checkpoint, which is loaded, or of step 0; cuts the logs back to it."""
-    state, ranks = {"step": 0, "num_tokens": 0}, dist.get_world_size()
+    state = {"step": 0, "num_tokens": 0}
     for folder in checkpoints(out)[-1:]:
         state = json.loads((folder / "state.json").read_bytes())
-        tag = engine._config.load_universal_checkpoint = state["ranks"] != ranks and "universal"
+        tag = engine._config.load_universal_checkpoint = state["ranks"] != dist.get_world_size() and "universal"
         if tag and not (folder / tag).exists():
             make = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder engine"
             raise InputError(f"want {state['ranks']} ranks, or: cd {folder} && {make} --output_folder {tag}")
@@ -549,7 +548,8 @@ def resume(engine, out, args):
         write(log, *(to_json(row) for row in read_jsonl(log, unfinished=True) if row["step"] <= state["step"]))
     if args.wandb and engine.global_rank == 0:
         key = hashlib.md5(bytes(out.resolve())).hexdigest()
-        import_module("wandb").init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
+        import wandb
+        wandb.init(project=args.wandb, name=out.name, id=key, resume="allow", config=vars(args))
     return state
 # <<< shared:engine
 

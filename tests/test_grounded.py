@@ -55,11 +55,11 @@ GROUNDED = {
 @pytest.mark.parametrize("name", GROUNDED)
 def test_grounded_pays_for_boxes_that_the_reasoning_wrote_down_and_for_nothing_else(name):
     text, *want = GROUNDED[name]
-    args = SimpleNamespace(iou_threshold=0.8, knowledge_form=None)
+    args = SimpleNamespace(iou_threshold=0.8)
     prompt = {"bbox_1000": [100, 100, 500, 500], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
     c = g.Completion([], None, True, text, g.parse_bbox(text))
     c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
-    rewards = g.iou_reward, g.format_reward, g.REWARD_FUNCS["grounded_0.7"]
+    rewards = g.REWARD_FUNCS["iou"], g.format_reward, g.REWARD_FUNCS["grounded_0.7"]
     assert [reward(c, prompt, args) for reward in rewards] == want
 
 def test_grounded_counts_in_the_pixels_of_a_family_that_does():

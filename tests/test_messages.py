@@ -76,7 +76,6 @@ MESSAGES = [  # script, more flags, s.jsonl as rows or text, a line that it prin
     ("eval_kvg", "", [], "s.jsonl: 0 questions, 0 bad rows"),
     ("filter", "", rows(), "rejected.jsonl: 0 of 2 rows kept, {'not one <think> .*': 2}; want some"),
     ("gen_cot", "--knowledge n.json", rows(), 'n.json: .*int.*; want JSON {"Name": {"description"}}'),
-    ("train_grpo", "--knowledge k.json", rows(), "k.json: 'Lo', target of a: {}; want its mastery, 0..1"),
 ]
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_grpo_ends_the_same_after_a_kill_in_a_checkpoint_and_a_loss_of_nan(runs,
     assert_same_run(out, runs["train_grpo"])
     before = metrics_of(out)
     done = train(*command)
-    assert f"{out}/final is there already" in done.stdout and metrics_of(out) == before
+    assert f"{out}/final is there; to train on" in done.stdout and metrics_of(out) == before
 
 def test_sft_ends_the_same_after_a_sigterm(runs, tiny_dir, synth_dir, tmp_path):
     out = tmp_path / "run"

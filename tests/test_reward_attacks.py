@@ -11,9 +11,10 @@ import pytest
 from grpo_letters import released
 
 import train_grpo as g
+from tools import karl
 
 SAMPLE = {"bbox_1000": [100, 100, 500, 500], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
-ARGS = SimpleNamespace(iou_threshold=0.8, knowledge_form=None)
+ARGS = SimpleNamespace(iou_threshold=0.8)
 NAME, RIGHT, WRONG = "<|object_ref_start|>{}<|object_ref_end|>", "(100,100),(500,500)", "(600,600),(900,900)"
 BOX = f"{NAME.format('Lo')}<|box_start|>{RIGHT}<|box_end|>"
 
@@ -127,11 +128,13 @@ ATTACKS = {
     "exactly at the threshold": (answered("(100,100),(500,420)"), 0, 0, 0.8, 1, 0.5),
 }  # fmt: skip
 
+WITH_KARL = ("iou", "binary", "dense_iou", "format", "karl")
+
 def paid(text, prompt=SAMPLE, args=ARGS):
     """{reward: what it pays}; box and IoU as rollout_and_score sets them."""
     c = g.Completion([], None, True, text, g.parse_bbox(text, grid=prompt["grid"]))
     c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
-    return {name: g.REWARD_FUNCS[name](c, prompt, args) for name in ("iou", "binary", "dense_iou", "format")}
+    return {name: g.REWARD_FUNCS[name](c, prompt, args) for name in WITH_KARL[: 4 + ("level" in prompt)]}
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_paid_what_the_table_says(name):
@@ -167,7 +170,7 @@ def test_families_that_count_in_pixels_are_no_easier(answer, iou, form):
 
 def test_a_penalty_is_not_worth_dodging():
     """KARL's reward has no penalty without an answer block: leaving it out must cost more format than it saves."""
-    for level in g.LEVELS:
-        prompt, args = SAMPLE | {"level": level}, SimpleNamespace(iou_threshold=0.65, knowledge_form="reward")
+    for level in karl.LEVELS:
+        prompt, args = SAMPLE | {"level": level}, SimpleNamespace(iou_threshold=0.65)
         wrong, dodged = (paid(text, prompt, args) for text in (answered(WRONG), "<think>\nLo is red.\n</think>"))
-        assert wrong["iou"] + wrong["format"] > dodged["iou"] + dodged["format"] == 0
+        assert wrong["karl"] + wrong["format"] > dodged["karl"] + dodged["format"] == 0

@@ -126,11 +126,11 @@ def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teac
         pytest.skip("something else is served at port 8000")
     program(tmp_path / "vllm", VLLM)
     toy = "--canvas_size 168 112 --grid 3 2 --layouts grid --background gradient --exclude_distance 0 --num_workers 1"
-    short, mastery = "--max_completion_length 32", f"--knowledge {tmp_path}/run/filter_grpo/mastery.json"
+    short = "--max_completion_length 32"
     env = dict(MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet", NPROC=2,
                TEACHER="serve:org/teacher", PATH=f"{tmp_path}:{os.environ['PATH']}", SEEN="disc square", N_SFT=16,
                SYNTH_FLAGS=toy, ROLLOUT_FLAGS=short, EVAL_FLAGS=short, FILTER_FLAGS="--min_correct 0 --max_correct 4",
-               N_GRPO=4, GRPO_FLAGS=f"{short} --max_steps 1 --train_batch_size 4 {mastery}")  # fmt: skip
+               N_GRPO=4, GRPO_FLAGS=f"{short} --max_steps 1 --train_batch_size 4")  # fmt: skip
     done, run = run_all(**env), tmp_path / "run"
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     chains = [json.loads(line) for line in (run / "gen_cot/samples.jsonl").read_text().splitlines()]

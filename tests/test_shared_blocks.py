@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["synth_data.py", "gen_cot.py", "filter.py", "eval_kvg.py", "train_sft.py", "train_grpo.py"]
-TOOLS = ["tools/report.py", "tools/rows.py", "tools/plan.py"]
+TOOLS = ["tools/report.py", "tools/rows.py", "tools/plan.py", "tools/karl.py"]
 SOURCES = {"files": "synth_data.py", "chain_rules": "gen_cot.py", "answers": "eval_kvg.py", "model": "eval_kvg.py",
            "rollout": "eval_kvg.py", "engine": "train_sft.py"}  # fmt: skip
 BLOCK = re.compile(r"^# >>> shared:(\w+) \((?:source|copy of (\w+\.py))\)\n(.*?)^# <<< shared:\1\n", re.M | re.S)

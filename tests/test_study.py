@@ -21,7 +21,7 @@ def test_every_command_is_one_that_its_script_takes_and_the_parts_can_run_one_af
     for name, command in jobs.items():
         script, *flags = command.split()
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
-            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
             assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
             if script == "train_grpo.py":  # all see equally many completions
                 assert args.max_steps * args.train_batch_size * args.num_generations == study.STEPS * study.PROMPTS * 8

@@ -23,7 +23,7 @@ PROMPT = {"bbox_1000": [10, 20, 300, 400], "grid": (1000, 1000), "style": g.BOX_
 def arguments(**changes):
     base = dict(epsilon=0.2, epsilon_high=0.28, beta=0.0, loss_type="grpo", max_completion_length=20, iou_threshold=0.8,
                 temperature=0.7, reward_funcs=["iou", "format"], reward_weights=[1.0, 1.0], scale_rewards="group",
-                num_generations=3, seed=0, rollout_batch_size=7, knowledge_form=None, num_iterations=2,
+                num_generations=3, seed=0, rollout_batch_size=7, num_iterations=2,
                 freeze_vision=False, max_bad_rows=0, train_batch_size=2, max_steps=None, num_epochs=1.5)  # fmt: skip
     return SimpleNamespace(**(base | changes))
 

@@ -60,8 +60,8 @@ ARMS = {  # as many steps and completions each
     "iou_0.8": "--iou_threshold 0.8",
     "g4": f"--num_generations 4 --train_batch_size {2 * PROMPTS}",
     "unfiltered": "",
-    "karl_advantage": "--knowledge @/filter/mastery.json --knowledge_form advantage",
-    "karl_reward": "--knowledge @/filter/mastery.json --knowledge_form reward",
+    "karl_advantage": "--knowledge @/filter/mastery.json",
+    "karl_reward": "--knowledge @/filter/mastery.json --reward_funcs karl format",
 }
 MODELS = ("base", "sft", "cot_sft", "cot_sft_more", "grpo")
 # in this order, each for that many of --seeds
@@ -74,7 +74,7 @@ def jobs_of(seed, part):
 
     def add(name, command, seed=seed):
         seeded = "" if command.startswith("filter") else f" --seed {seed}"
-        out = "--output_dir" if command.startswith("train") else "--out"
+        out = "--output_dir" if command.startswith(("train", "tools/karl")) else "--out"
         jobs[name] = f"{command} {out} @/{name}{seeded}"
 
     def evaluate(model):
@@ -88,7 +88,8 @@ def jobs_of(seed, part):
 
     def grpo(name, tag="", flags="", rows="filter"):
         rows = f"@/{rows}{tag}/samples.jsonl"
-        add(name, f"train_grpo.py --model @/cot_sft{tag}/final --data {rows} {GRPO} {flags}")
+        script = "tools/karl.py" if "--knowledge" in flags else "train_grpo.py"
+        add(name, f"{script} --model @/cot_sft{tag}/final --data {rows} {GRPO} {flags}")
         evaluate(name)
 
     def chains(name, rows, errors):
