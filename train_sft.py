@@ -398,7 +398,7 @@ def usable(samples, bad, num_tokens, most_tokens, args):
     dist.broadcast_object_list(found)
     bad = bad + [line for _, line in found[0] if line]
     kept = [s for s, (n, _) in zip(samples, found[0], strict=True) if n <= most_tokens]
-    print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, not too long or bad", *bad]))
+    print0("\n".join([f"{len(kept)} of {len(samples)} rows are of use, the others too long or bad", *bad]))
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
         want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
