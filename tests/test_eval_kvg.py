@@ -275,12 +275,12 @@ def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cas
     assert len(cases) == 500 and {case["official"]["pattern"] for case in cases} == {*range(9)}, "all, and none"
     assert e.official_iou("(1, 2), it is" + answered((324, 255, 697, 658)), [324, 255, 697, 658]) == 1
 
-@pytest.mark.parametrize("loop", ["<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[[", "[1, 2, ", "(1,2)  "])
-def test_an_answer_that_loops_does_not_stall_the_scores(loop):
-    start, text = time.process_time(), loop * (4000 // len(loop))
-    e.official_iou(text, [0, 0, 1, 1])
-    assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
-    assert time.process_time() - start < 3
+def test_an_answer_that_loops_does_not_stall_the_scores():
+    for loop in ("<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[[", "[1, 2, ", "(1,2)  "):
+        start, text = time.process_time(), loop * (4000 // len(loop))
+        e.official_iou(text, [0, 0, 1, 1])
+        assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
+        assert time.process_time() - start < 3, loop
 
 # ---- intervals ----
 @pytest.mark.parametrize("images, questions, accuracy", [(531, 1336, 0.62), (33, 83, 0.87)])  # all of KVG-Bench; food
