@@ -1,7 +1,4 @@
-"""One case of an evaluation as a picture: the two boxes, and the reasoning beside them.
-
-  python tests/figure.py runs/toy/eval_grpo --case bowl/0047-4 --out tests/figure.png
-"""
+"""One case of an evaluation as a picture: the two boxes, and the reasoning beside them."""
 
 import argparse
 import io
@@ -12,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont
 
-p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+p = argparse.ArgumentParser(description=__doc__)
 p.add_argument("folder", type=Path, help="--out of eval_kvg.py, of a parquet with pictures")
 p.add_argument("--case", required=True, help="its question_id")
 p.add_argument("--out", required=True, help="a PNG")
@@ -28,8 +25,6 @@ sheet.paste(image, (20, 20))
 draw, font, sides = ImageDraw.Draw(sheet), ImageFont.load_default(21), (image.width / 1000, image.height / 1000) * 2
 for box, color, width in ((case["gt_bbox_1000"], "#00845c", 7), (case["pred_bbox_1000"], "#c94a06", 3)):
     draw.rectangle([20 + v * n for v, n in zip(box, sides, strict=True)], outline=color, width=width)
-text = re.sub(r"<\|\w+\|>", "", case["question"] + "\n\n" + case["response"])
+text = re.sub(r"<\|\w+\|>", "", f"{case['question']}\n\n{case['response']}\n\ntruth: green, answer: orange")
 draw.text((710, 20), text, "#1b2430", font, spacing=9)
-draw.text((710, image.height - 32), f"truth, IoU {case['iou']:.2f}", "#00845c", font)
-draw.text((710, image.height), "answer", "#c94a06", font)
 sheet.quantize(256).save(args.out, optimize=True)

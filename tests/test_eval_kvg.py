@@ -69,13 +69,11 @@ def greedy(world_dir, tmp_path_factory):
     run(*flags, "--out", out, "--batch_size", 64)
     return out, flags
 
-# ---- asking, with a model ----
 def test_answers_stand_in_the_order_of_the_bench_and_do_not_depend_on_the_batch(greedy, few, tmp_path):
     rows, metrics = e.read_jsonl(greedy[0] / "predictions.jsonl"), json.loads((greedy[0] / "metrics.json").read_text())
     assert run(*greedy[1], "--bench", few, "--out", tmp_path, "--batch_size", 1)[0] == rows[:6]
     assert [r["question_id"] for r in rows] == pq.read_table(greedy[1][1])["question_id"].to_pylist()
     assert len({r["response"] for r in rows}) > 20 and 1 < sum(r["correct"] for r in rows) < 27
-    assert all(r["image"] is None and r["sample"] == 0 and r["grid"] == [1000, 1000] for r in rows)
     tokens, cut = sum(r["num_tokens"] for r in rows), sum(not r["finished"] for r in rows)
     assert (metrics["completions/num_tokens"], metrics["completions/num_clipped"]) == (tokens, cut)
     assert metrics["all"]["parse_rate"] == 1 and len({r["image_id"] for r in rows}) == 14
@@ -104,10 +102,8 @@ def test_samples_follow_from_seed_question_and_number_alone_so_they_are_the_same
     assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "b", "--batch_size", 4)[0] == rows[6:12]
     assert [r["sample"] for r in rows] == [0, 1, 2] * 6 and metrics["all"]["n"] == 18
     assert any(len({r["response"] for r in rows[i : i + 3]}) == 3 for i in range(0, 18, 3))
-    other = run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0]
-    assert sum(a["response"] != b["response"] for a, b in zip(rows, other, strict=True)) > 6
+    assert run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0] != rows
 
-# ---- a second run into a folder ----
 def test_a_finished_run_is_scored_again_without_asking_and_what_would_mix_is_refused(greedy, tmp_path, monkeypatch):
     monkeypatch.setattr(e, "load_model", None)
     out = shutil.copytree(greedy[0], tmp_path / "out")
@@ -118,8 +114,6 @@ def test_a_finished_run_is_scored_again_without_asking_and_what_would_mix_is_ref
     for change in ("--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere"):
         with pytest.raises(e.InputError, match=rf"run.json: .*'{change.split()[0][2:]}': .*; want the same settings"):
             run(*flags, *change.split())
-    metrics = run(*flags, *more, "--seen", *metrics["categories"])[1]  # what was refused changed nothing
-    assert metrics["unseen"] is None and "| unseen" not in (out / "table.md").read_text()
     assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
 
 def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir, tmp_path):
@@ -130,7 +124,6 @@ def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir,
     with pytest.raises(e.InputError, match="'files': .*model.safetensors"):
         says(lambda text: "no", *flags)
 
-# ---- questions ----
 def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     options = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "answer": "Mi"}
@@ -203,7 +196,6 @@ def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is
     assert len(metrics["bad_rows"]) == 2 and all(ids[i] in str(metrics["bad_rows"]) for i in (2, 4))
     assert [r["image"] for r in got] == [str(tmp_path / f"{i}.png") for i in (0, 1, 3, 5)]
 
-# ---- scores ----
 ROWS = [  # category, image, what the row has otherwise, answer; correct, IoU, right for the released evaluator
     ("disc", "A", {}, "<answer>[0, 0, 20, 10]</answer>", True, 1, False),  # in px of 40 x 20, of which it knows nothing
     ("disc", "A", {}, answered((0, 0, 250, 500)), True, 0.5, True),
@@ -236,18 +228,15 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
         low, high = m.pop("acc_ci95")
         assert m == pytest.approx(want, abs=1e-12) and 0 <= low < want["acc"] < high <= 1
     assert [*metrics["categories"]] == ["disc", "star"] and metrics["seen_categories"] == ["disc"]
-    low, high = (f"{100 * v:.1f}" for v in metrics["categories"]["disc"]["acc_ci95"])
-    assert f"| disc (seen) | 3 | 66.7 | {low} to {high} | 33.3 | 0.666 | 100.0 |" in done.stdout.split("\n")
+    assert "| disc (seen) | 3 | 66.7 | " in done.stdout
 
-@pytest.mark.parametrize("a, b, want", [
-    ((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((2, 1, 6, 5), (0, 0, 4, 3), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
+@pytest.mark.parametrize("a, b, want", [((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
     ((0, 0, 2, 2), (2, 0, 4, 2), 0), ((0, 0, 2, 2), (5, 5, 7, 7), 0), ((1, 2, 5, 9), (1, 2, 5, 9), 1)])  # fmt: skip
 def test_the_iou_is_a_pixel_count(a, b, want):
     assert e.box_iou(a, b) == pytest.approx(want) == e.official_iou(str([*a]), b)
 
 def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cases():
-    """official_cases.jsonl is what the released file itself said; official_cases.py makes it. It was given special
-    tokens as text, which its own inference drops, as `official_iou` does: they are no tokens here."""
+    """It was given special tokens as text, which its own inference drops, as `official_iou` does: no tokens here."""
     cases = e.read_jsonl(ROOT / "tests/official_cases.jsonl")
     for case in cases:
         text, want = case["response"].replace("<|", "<").replace("|>", ">"), case["official"]
@@ -263,7 +252,6 @@ def test_an_answer_that_loops_does_not_stall_the_scores():
         assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
         assert time.process_time() - start < 3, loop
 
-# ---- intervals ----
 @pytest.mark.parametrize("images, questions, accuracy", [(531, 1336, 0.62), (33, 83, 0.87)])  # all of KVG-Bench; food
 def test_the_interval_of_an_accuracy_covers_the_truth(images, questions, accuracy):
     """Of 1000 benches on which images, of one to six questions, have accuracies of their own: correlation 0.2."""
@@ -285,8 +273,5 @@ def test_intervals_at_the_edges():
     # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.199 by its series; 40 of 100: 1.984
     assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.07517845, 0.57749819), abs=1e-8)
     assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.30793903, 0.49971050), abs=1e-8)
-    # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
-    values = np.repeat(np.tile([0.0, 1.0], 10), 2)
-    together, apart, even = (np.ptp(interval(v, i)) for v, i in (
-        (values, twice), (values, np.arange(40)), ([1.0, 1.0, 0.0, 0.0] + [1.0, 0.0] * 18, twice)))  # fmt: skip
-    assert together == pytest.approx(2**0.5 * apart, rel=0.08) and even == pytest.approx(apart, rel=0.08)
+    values = np.repeat(np.tile([0.0, 1.0], 10), 2)  # two equal answers on each image tell as much as one
+    assert np.ptp(interval(values, twice)) == pytest.approx(2**0.5 * np.ptp(interval(values, np.arange(40))), rel=0.08)
