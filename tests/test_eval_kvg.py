@@ -30,7 +30,6 @@ def answered(box, name="it"):
     return f"<think>I look.</think> <answer><|object_ref_start|>{name}<|object_ref_end|>{BOX.format(*box)}</answer>"
 
 def run(*flags):
-    """main() in this process: (lines of predictions.jsonl, metrics, what it printed)."""
     out, printed = Path(flags[flags.index("--out") + 1]), io.StringIO()
     with mock.patch.object(sys, "argv", ["eval_kvg.py", *map(str, flags)]), mock.patch.dict(os.environ):
         try:
@@ -63,7 +62,6 @@ def few(world_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy(world_dir, tmp_path_factory):
-    """(folder, flags) of a finished run in batches of 64."""
     out, bench = tmp_path_factory.mktemp("greedy"), world_dir / "kvg-bench.parquet"
     flags = ("--bench", bench, "--model", BASE, "--prompt", "direct", "--max_completion_length", 32, *SEEN)
     run(*flags, "--out", out, "--batch_size", 64)
@@ -194,7 +192,6 @@ def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is
     got, metrics, *_ = says(lambda text: answered((1, 2, 3, 4)), *flags, "--max_bad_rows", 2)
     assert [r["question_id"] for r in got] == [ids[i] for i in (0, 1, 3, 5)] and metrics["all"]["n"] == 4
     assert len(metrics["bad_rows"]) == 2 and all(ids[i] in str(metrics["bad_rows"]) for i in (2, 4))
-    assert [r["image"] for r in got] == [str(tmp_path / f"{i}.png") for i in (0, 1, 3, 5)]
 
 ROWS = [  # category, image, what the row has otherwise, answer; correct, IoU, right for the released evaluator
     ("disc", "A", {}, "<answer>[0, 0, 20, 10]</answer>", True, 1, False),  # in px of 40 x 20, of which it knows nothing
@@ -227,8 +224,6 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
     for m, want in zip((metrics["all"], metrics["seen"], metrics["unseen"]), (whole, seen, unseen), strict=True):
         low, high = m.pop("acc_ci95")
         assert m == pytest.approx(want, abs=1e-12) and 0 <= low < want["acc"] < high <= 1
-    assert [*metrics["categories"]] == ["disc", "star"] and metrics["seen_categories"] == ["disc"]
-    assert "| disc (seen) | 3 | 66.7 | " in done.stdout
 
 @pytest.mark.parametrize("a, b, want", [((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
     ((0, 0, 2, 2), (2, 0, 4, 2), 0), ((0, 0, 2, 2), (5, 5, 7, 7), 0), ((1, 2, 5, 9), (1, 2, 5, 9), 1)])  # fmt: skip

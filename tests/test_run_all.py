@@ -46,11 +46,9 @@ def python(tmp_path_factory):
             done = run_script(*args[len(torchrun) :], check=False, launcher=launcher, PYTHONPATH=str(ROOT))
             said = done.stdout + done.stderr * bool(done.returncode)
             self.wfile.write(f"{said.rstrip()}\n{done.returncode}".encode())
-
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield program(folder / "python", CLIENT.replace("PORT", str(server.server_address[1])))
-    server.shutdown()
+    return program(folder / "python", CLIENT.replace("PORT", str(server.server_address[1])))
 
 @pytest.fixture
 def run_all(python, tmp_path):
@@ -81,14 +79,13 @@ def test_a_finished_run_only_prints_its_table_and_from_forgets_a_stage_and_all_a
 def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
     real = {"MODEL": "tests/configs/qwen2-vl-2b", "DATA": world_dir / "train", "BENCH": world_dir / "kvg-bench.parquet",
             "TEACHER": f"knowledge:{world_dir}/knowledge.json"}  # fmt: skip
-    for args, env, message in [
-        (["tset"], {}, "tset: want setup, test, study, forget or nothing"),
-        ([], {"FROM": "train"}, "FROM=train: no such stage; want one of: world"),
-        ([], real | {"TEACHER": "openai:x", "OPENAI_BASE_URL": "http://localhost:9/v1"}, "no teacher at http://local"),
-        ([], real | {"DATA": tmp_path}, "no boxes.jsonl; want it, or BOX_MODEL"),
-    ]:
-        done = run_all(*args, **env)
-        assert len(done.stderr.splitlines()) == 1 == done.returncode and message in done.stderr, (message, done)
+    for env, message in [
+        ({"FROM": "train"}, "FROM=train: no such stage; want one of: world"),
+        (real | {"TEACHER": "openai:x", "OPENAI_BASE_URL": "http://localhost:9/v1"}, "no teacher at http://local"),
+        (real | {"DATA": tmp_path}, "no boxes.jsonl; want it, or BOX_MODEL")]:  # fmt: skip
+        done = run_all(**env)
+        assert done.returncode and len(done.stderr.splitlines()) == 1 and "== " not in done.stdout, done
+        assert message in done.stderr
 
 def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, run_all, tmp_path):
     done = run_all(DRY=1, MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet",
@@ -99,7 +96,6 @@ def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, 
     on_all = {name for name, command in commands.items() if "torch.distributed.run --nproc_per_node 8" in command}
     assert on_all == {name for name in commands if re.match("boxes|train|rollouts|eval", name)}
     assert "--zero_stage 3" in commands["train_sft"] and "--beta 0.04" in commands["train_grpo"]
-    assert all(f"--boxes {tmp_path}/run/boxes.jsonl" in commands[name] for name in ("synth_sft", "synth_grpo"))
     assert {*os.listdir(tmp_path / "run")} == {".done", "plan_sft.txt", "plan_grpo.txt"}
 
 def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teacher(world_dir, run_all, tmp_path):
@@ -115,8 +111,7 @@ def test_the_real_recipe_runs_on_the_toys_files_with_two_ranks_and_a_served_teac
                N_GRPO=4, GRPO_FLAGS=f"{short} --max_steps 1 --train_batch_size 4 {mastery}")  # fmt: skip
     done, run = run_all(**env), tmp_path / "run"
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    chains = [json.loads(line) for line in (run / "gen_cot/samples.jsonl").read_text().splitlines()]
-    assert len(chains) == 16 and chains[0]["teacher"]["model"] == "org/teacher"
+    assert (run / "gen_cot/samples.jsonl").read_text().count('"model": "org/teacher"') == 16
     assert subprocess.run(health).returncode, "the teacher is stopped"
     results = json.loads((run / "results.json").read_text())
     assert [r["model"] for r in results["rows"]] == ["base", "sft", "cot_sft", "grpo"]
