@@ -3,14 +3,13 @@
 import ast
 import importlib
 import inspect
-import json
 import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny, run_script
+from conftest import ROOT, run_script
 from PIL import Image
 from test_shared_blocks import SCRIPTS, TOOLS, defined
 
@@ -26,11 +25,9 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 CONVERTER, CHANGES = (text for kind, text in BLOCKS if kind == "python")
 
 def inline(text):
-    """What stands between single backticks, on one line."""
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
 
 def metric_keys(*functions):
-    """Keys that these functions write into their dicts, with <name> for what is filled in."""
     source = "".join(map(inspect.getsource, functions))
     filled = (re.sub(r"\{(\w+)\}", r"<\1>", key) for key in re.findall(r'f"([a-z]+/[^"]*)"', source))
     return {*re.findall(r'"([\w/@.]+)"(?::|\] [|/*]?=)', source), *filled}
@@ -86,14 +83,6 @@ def test_one_thing_is_changed_by_the_lines_that_are_shown():
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     g["grpo_loss"](logps, logps.detach() - 1, None, torch.tensor([1.0, -1.0]), torch.ones(2), args)[0].backward()
     assert logps.grad.tolist() == pytest.approx([-1.2, 1.2]), "the ratio is clipped at 1.2, its gradient is there"
-    (model, *processors), styles = build_tiny("qwen2_vl"), g["BOX_STYLES"]
-    assert styles["qwen3_vl_moe"].json and g["CompletionLogProbs"](model, [5], 0.5).temperature == 1.0
-    prompt = g["chat_inputs"]((*processors, styles["qwen2_vl"]), ROOT / "tests/figure.png", "Find it")
-    with torch.no_grad():
-        rolled = g["Rollout"](g["packable"](model).eval(), processors[0], [prompt], [[*"abcdefgh"]], 2, 1.0)
-        likeliest = rolled.logits[0].topk(20).indices.tolist()
-        rolled.decode(graphs=False)
-    assert {*rolled.tokens[:, 0].tolist()} <= {*likeliest}
 
 def test_every_number_that_is_claimed_stands_in_a_table_with_its_command_and_commit():
     number, sections = r"[+-]?\d+\.\d+", re.split(r"^#{2,3} ", RESULTS, flags=re.M)[1:]
@@ -111,9 +100,3 @@ def test_the_readme_is_small_and_what_fits_is_the_planners_word(tmp_path):
     (tmp_path / "qwen2-vl-2b").symlink_to(ROOT / "tests/configs/qwen2-vl-2b")
     planned = run_script("tools/plan.py", "table", "--configs", tmp_path).stdout.splitlines()
     assert {*planned[:4]} <= {*README.splitlines()}
-    first, *edit = next(text for kind, text in BLOCKS if kind == "diff").splitlines()
-    inner, outer = (line[1:] for line in edit if line[0] == "+")  # of ds_config.json, for one small card
-    config = (ROOT / "ds_config.json").read_text().replace(f"{first[1:]}\n", f"{first[1:]}\n{inner}\n")
-    config = json.loads(config.replace("  },\n", f"  }},\n{outer}\n"))
-    assert config["zero_optimization"]["offload_optimizer"] and config["zero_force_ds_cpu_optimizer"] is False
-    assert not {"train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler"} & {*config}

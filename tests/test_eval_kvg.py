@@ -30,7 +30,6 @@ def answered(box, name="it"):
     return f"<think>I look.</think> <answer><|object_ref_start|>{name}<|object_ref_end|>{BOX.format(*box)}</answer>"
 
 def run(*flags):
-    """main() in this process: (lines of predictions.jsonl, metrics, what it printed)."""
     out, printed = Path(flags[flags.index("--out") + 1]), io.StringIO()
     with mock.patch.object(sys, "argv", ["eval_kvg.py", *map(str, flags)]), mock.patch.dict(os.environ):
         try:
@@ -63,19 +62,16 @@ def few(world_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy(world_dir, tmp_path_factory):
-    """(folder, flags) of a finished run in batches of 64."""
     out, bench = tmp_path_factory.mktemp("greedy"), world_dir / "kvg-bench.parquet"
     flags = ("--bench", bench, "--model", BASE, "--prompt", "direct", "--max_completion_length", 32, *SEEN)
     run(*flags, "--out", out, "--batch_size", 64)
     return out, flags
 
-# ---- asking, with a model ----
 def test_answers_stand_in_the_order_of_the_bench_and_do_not_depend_on_the_batch(greedy, few, tmp_path):
     rows, metrics = e.read_jsonl(greedy[0] / "predictions.jsonl"), json.loads((greedy[0] / "metrics.json").read_text())
     assert run(*greedy[1], "--bench", few, "--out", tmp_path, "--batch_size", 1)[0] == rows[:6]
     assert [r["question_id"] for r in rows] == pq.read_table(greedy[1][1])["question_id"].to_pylist()
     assert len({r["response"] for r in rows}) > 20 and 1 < sum(r["correct"] for r in rows) < 27
-    assert all(r["image"] is None and r["sample"] == 0 and r["grid"] == [1000, 1000] for r in rows)
     tokens, cut = sum(r["num_tokens"] for r in rows), sum(not r["finished"] for r in rows)
     assert (metrics["completions/num_tokens"], metrics["completions/num_clipped"]) == (tokens, cut)
     assert metrics["all"]["parse_rate"] == 1 and len({r["image_id"] for r in rows}) == 14
@@ -104,10 +100,8 @@ def test_samples_follow_from_seed_question_and_number_alone_so_they_are_the_same
     assert run("--bench", tmp_path / "two.parquet", *ask, "--out", tmp_path / "b", "--batch_size", 4)[0] == rows[6:12]
     assert [r["sample"] for r in rows] == [0, 1, 2] * 6 and metrics["all"]["n"] == 18
     assert any(len({r["response"] for r in rows[i : i + 3]}) == 3 for i in range(0, 18, 3))
-    other = run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0]
-    assert sum(a["response"] != b["response"] for a, b in zip(rows, other, strict=True)) > 6
+    assert run("--bench", few, *ask, "--out", tmp_path / "c", "--seed", 1)[0] != rows
 
-# ---- a second run into a folder ----
 def test_a_finished_run_is_scored_again_without_asking_and_what_would_mix_is_refused(greedy, tmp_path, monkeypatch):
     monkeypatch.setattr(e, "load_model", None)
     out = shutil.copytree(greedy[0], tmp_path / "out")
@@ -115,12 +109,9 @@ def test_a_finished_run_is_scored_again_without_asking_and_what_would_mix_is_ref
     more = ("--batch_size", 3, "--max_bad_rows", 9)
     _, metrics, printed = run(*flags, *more, "--seen", "Star", "bowl")
     assert "28 answered before" in printed and metrics["seen"] == old["unseen"] and metrics["unseen"] == old["seen"]
-    for change in ("--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere",
-                   "--max_pixels 9999", "--prompt_suffix ?", "--max_completion_length 33"):  # fmt: skip
+    for change in ("--prompt cot", "--seed 1", "--num_samples 2 --temperature 1", "--model elsewhere"):
         with pytest.raises(e.InputError, match=rf"run.json: .*'{change.split()[0][2:]}': .*; want the same settings"):
             run(*flags, *change.split())
-    metrics = run(*flags, *more, "--seen", *metrics["categories"])[1]  # what was refused changed nothing
-    assert metrics["unseen"] is None and "| unseen" not in (out / "table.md").read_text()
     assert (out / "predictions.jsonl").read_bytes() == (greedy[0] / "predictions.jsonl").read_bytes()
 
 def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir, tmp_path):
@@ -131,21 +122,16 @@ def test_a_model_trained_again_at_its_path_is_another_model(says, few, tiny_dir,
     with pytest.raises(e.InputError, match="'files': .*model.safetensors"):
         says(lambda text: "no", *flags)
 
-# ---- questions ----
-def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, few, tmp_path):
-    row = pq.read_table(few).to_pylist()[0]
+def test_what_follows_a_question_is_the_prompts_or_prompt_suffix(says, tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     options = {"image": "a.png", "question": "Which?\nA. Lo\nB. Mi", "options": ["Lo", "Mi"], "answer": "Mi"}
-    (tmp_path / "a.png").write_bytes(row["image"]["bytes"])
-    path = write(tmp_path / "s.jsonl", [{"image": "a.png", "question": row["question"]}, options])
-    for prompt, *more in (("r1", e.R1_SUFFIX, e.R1_SUFFIX.replace("(bounding box)", "(letter)")), ("direct", "", ""),
-                          ("json", ", output its bbox coordinates using JSON format.", "")):  # fmt: skip
-        flags = ("--bench", path, "--out", tmp_path / prompt, "--prompt", prompt)
-        _, _, printed, asked = says(lambda text: "no", *flags, trained=more[0])
-        assert asked == [row["question"] + more[0], options["question"] + more[1]] and "note:" not in printed
-    flags = ("--bench", path, "--out", tmp_path / "own", "--prompt", "direct", "--prompt_suffix", " Why?")
-    _, _, printed, asked = says(lambda text: "no", *flags, trained=e.R1_SUFFIX)
-    assert asked == [row["question"] + " Why?", options["question"] + " Why?"]
-    assert all(words in printed for words in ("note: ", repr(e.R1_SUFFIX), "' Why?'"))
+    path, letter = write(tmp_path / "s", [{"image": "a.png", "question": "?"}, options]), ("(bounding box)", "(letter)")
+    for out, prompt, *more in (("a", "r1", e.R1_SUFFIX, e.R1_SUFFIX.replace(*letter)), ("b", "direct", "", ""),
+                               ("c", "json", ", output its bbox coordinates using JSON format.", ""),
+                               ("d", "direct --prompt_suffix Why", "Why", "Why")):  # fmt: skip
+        flags = ("--bench", path, "--out", tmp_path / out, "--prompt", *prompt.split())
+        _, _, printed, asked = says(lambda text: "no", *flags, trained=e.R1_SUFFIX)
+        assert asked == ["?" + more[0], options["question"] + more[1]] and ("note: " in printed) == (prompt != "r1")
 
 def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -157,51 +143,41 @@ def test_options_are_scored_and_rows_without_a_truth_are_asked_alone(says, tmp_p
     texts = {"Which": "B.", "By na": "mi", "Where": "left", "Find ": "(1,2),(3,4)"}
     rows, metrics, *_ = says(lambda text: texts[text[:5]], *flags)
     assert [r["correct"] for r in rows] == [True, False, True, None, None, None]
-    assert {r["image"] for r in rows} == {str(tmp_path / "a.png")}, "absolute"
     assert [(r["choice"], r["answer"]) for r in rows[:4]] == [("Mi", "Mi"), ("Mi", "Lo"), ("Mi", "Mi"), ("Mi", "")]
     assert [r["pred_bbox_1000"] for r in rows[4:]] == [None, [1, 2, 3, 4]]
-    assert not {"iou", "pred_bbox_1000"} & rows[0].keys() and "iou" not in rows[5]
     want = {"n": 3, "acc": 2 / 3, "acc_ci95": None, "parse_rate": 1, "chance": 0.5}  # of boxes nothing
     assert metrics["all"] == metrics["seen"] == metrics["categories"]["car"] == want
-    assert "| car (seen) | 3 | 66.7 | - | - | - | 100.0 |" in (tmp_path / "out/table.md").read_text().split("\n")
 
 def test_a_choice_is_read_strictly_from_where_it_belongs():
     options, think = ["Lo", "Mi", "Audi A4", "E. coli"], "<think>A</think> "
-    found = {"B": "Mi", "mi.": "Mi", "E. coli.": "E. coli", "B. Mi": "Mi", "(C)": "Audi A4",
-             think + "<answer>B</answer>": "Mi"}  # fmt: skip
+    found = {"B": "Mi", "mi.": "Mi", "E. coli.": "E. coli", "B. Mi": "Mi", think + "<answer>(C)</answer>": "Audi A4"}
     found |= dict.fromkeys(("It is Mi", "Mi or Lo", "", "B. Lo", "b", "E", "A B"))
     assert {text: e.parse_choice(text, options, "direct") for text in found} == found
     for text in ("B", think, "<answer>B", "<answer>A</answer><answer>B</answer>", "<think><answer>B</answer>"):
         assert e.parse_choice(text, options, "r1") is None, text
     assert e.parse_choice(think + "<answer> Mi </answer>", options, "r1") == "Mi"
-    assert e.parse_choice("A", ["A", "Mi"], "direct") == "A"
     assert e.parse_choice("B", ["B", "Mi"], "direct") is None, "the letter of one option, the name of another"
 
-NAMES = ["Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013, 2014, 2015", "Boeing 737-600, 700, 800, 900",
-         "Clumber Spaniel\n", 'E. "coli"', "Größe {0}", "A", "B", "C", "D"]  # fmt: skip
+NAMES = ["Porsche 911 (901, 930, 964, 993)", "Clumber Spaniel\n", 'E. "coli"', "Größe {0}"]
 
 def test_own_pictures_go_through_without_a_conversion(says, tmp_path):
     """Absolute, relative and linked paths; one photo that its EXIF turns; boxes in px, one of them 1 px too wide."""
-    pictures, exif, rows, truth = tmp_path / "pictures", Image.Exif(), [], {}
+    pictures, rows, truth = tmp_path / "pictures", [], {}
     (tmp_path / "disk/in").mkdir(parents=True)
     pictures.symlink_to(tmp_path / "disk")
-    exif[0x0112] = 6
+    (exif := Image.Exif())[0x0112] = 6
     for i, name in enumerate(NAMES):
-        w, h = 100 + 7 * i, 150 - 5 * i
-        box, image = [w / 4, 10, w + (i == 3), h / 2 - 0.5], pictures / f"in/{i}.jpg"
-        Image.new("RGB", (h, w) if i == 7 else (w, h), "red").save(image, exif=exif if i == 7 else b"")
-        rows.append({"image": f"in/{i}.jpg" if i % 2 else str(image), "phrase": name, "bbox_px": box})
-        truth[name.strip()] = [250, 10000 / h, 1000, (h / 2 - 0.5) * 1000 / h]
+        w, h, image = 100 + 7 * i, 150 - 5 * i, pictures / f"in/{i}.jpg"
+        Image.new("RGB", (h, w) if i == 1 else (w, h)).save(image, exif=exif if i == 1 else b"")
+        box = {"bbox_px": [w / 4, 10, w + (i == 3), h / 2]}
+        rows.append(box | {"image": f"in/{i}.jpg" if i % 2 else str(image), "phrase": name})
+        truth[name.strip()] = [250, 10000 / h, 1000, 500]
     flags = ("--bench", write(tmp_path / "own.jsonl", rows), "--image_root", pictures, "--out", tmp_path / "out")
-    def say(text):
-        name = text.removesuffix(e.R1_SUFFIX).split("_start|>")[1].split("<|")[0]
-        return answered(map(round, truth[name]), name)
-    rows, metrics, _, asked = says(say, *flags)
+    rows, metrics, _, asked = says(lambda text: answered(map(round, truth[text.split("<|")[1][18:]])), *flags)
     assert asked == [e.QUESTION.format(n) + e.R1_SUFFIX for n in truth] and [r["entity"] for r in rows] == [*truth]
-    assert [r["question_id"] for r in rows] == [str(i + 1) for i in range(10)] and metrics["all"]["acc"] == 1
-    for i, (r, box) in enumerate(zip(rows, truth.values(), strict=True)):
-        assert r["gt_bbox_1000"] == pytest.approx(box) and r["iou"] > 0.98
-        assert r["pred_bbox_1000"] == [*map(round, box)] and r["image"] == str(pictures / f"in/{i}.jpg")
+    assert [r["question_id"] for r in rows] == ["1", "2", "3", "4"] and metrics["all"]["acc"] == 1
+    assert [r["image"] for r in rows] == [str(pictures / f"in/{i}.jpg") for i in range(4)]
+    assert all(r["gt_bbox_1000"] == pytest.approx(truth[r["entity"]]) and r["iou"] > 0.98 for r in rows)
 
 def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is_no_other_run(says, few, tmp_path):
     rows = pq.read_table(few).to_pylist()
@@ -216,9 +192,7 @@ def test_max_bad_rows_leaves_out_a_corrupt_image_and_a_bad_row_and_raising_it_is
     got, metrics, *_ = says(lambda text: answered((1, 2, 3, 4)), *flags, "--max_bad_rows", 2)
     assert [r["question_id"] for r in got] == [ids[i] for i in (0, 1, 3, 5)] and metrics["all"]["n"] == 4
     assert len(metrics["bad_rows"]) == 2 and all(ids[i] in str(metrics["bad_rows"]) for i in (2, 4))
-    assert [r["image"] for r in got] == [str(tmp_path / f"{i}.png") for i in (0, 1, 3, 5)]
 
-# ---- scores ----
 ROWS = [  # category, image, what the row has otherwise, answer; correct, IoU, right for the released evaluator
     ("disc", "A", {}, "<answer>[0, 0, 20, 10]</answer>", True, 1, False),  # in px of 40 x 20, of which it knows nothing
     ("disc", "A", {}, answered((0, 0, 250, 500)), True, 0.5, True),
@@ -237,8 +211,6 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
     bench = [base | {"id": f"q{i}", "category": r[0].title(), "image_id": r[1]} | r[2] for i, r in enumerate(ROWS)]
     answers = [{"question_id": f"q{i}", "response": r[3], "grid": [1000, 1000]} for i, r in enumerate(ROWS)]
     answers[0] |= {"grid": [40, 20]}
-    for answer, n in zip(answers[1:], (10, 20, 30), strict=False):
-        answer |= {"num_tokens": n, "finished": n > 10}
     write(tmp_path / "b.jsonl", bench), write(tmp_path / "p.jsonl", answers[::-1])
     command = [sys.executable, *"eval_kvg.py --bench b.jsonl --predictions p.jsonl --out . --seen Disc".split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -252,21 +224,14 @@ def test_scores_equal_those_worked_out_by_hand(tmp_path):
     for m, want in zip((metrics["all"], metrics["seen"], metrics["unseen"]), (whole, seen, unseen), strict=True):
         low, high = m.pop("acc_ci95")
         assert m == pytest.approx(want, abs=1e-12) and 0 <= low < want["acc"] < high <= 1
-    assert [*metrics["categories"]] == ["disc", "star"] and metrics["seen_categories"] == ["disc"]
-    lengths = {"num_tokens": 60, "mean_length": 20, "num_clipped": 1, "clipped_ratio": 1 / 3}
-    assert {key: metrics[f"completions/{key}"] for key in lengths} == lengths
-    low, high = (f"{100 * v:.1f}" for v in metrics["categories"]["disc"]["acc_ci95"])
-    assert f"| disc (seen) | 3 | 66.7 | {low} to {high} | 33.3 | 0.666 | 100.0 |" in done.stdout.split("\n")
 
-@pytest.mark.parametrize("a, b, want", [
-    ((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((2, 1, 6, 5), (0, 0, 4, 3), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
+@pytest.mark.parametrize("a, b, want", [((0, 0, 4, 3), (2, 1, 6, 5), 4 / 24), ((0, 0, 9, 2), (1, 0, 3, 1), 2 / 18),
     ((0, 0, 2, 2), (2, 0, 4, 2), 0), ((0, 0, 2, 2), (5, 5, 7, 7), 0), ((1, 2, 5, 9), (1, 2, 5, 9), 1)])  # fmt: skip
 def test_the_iou_is_a_pixel_count(a, b, want):
     assert e.box_iou(a, b) == pytest.approx(want) == e.official_iou(str([*a]), b)
 
 def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cases():
-    """official_cases.jsonl is what the released file itself said; official_cases.py makes it. It was given special
-    tokens as text, which its own inference drops, as `official_iou` does: they are no tokens here."""
+    """It was given special tokens as text, which its own inference drops, as `official_iou` does: no tokens here."""
     cases = e.read_jsonl(ROOT / "tests/official_cases.jsonl")
     for case in cases:
         text, want = case["response"].replace("<|", "<").replace("|>", ">"), case["official"]
@@ -275,14 +240,13 @@ def test_the_official_score_equals_the_released_evaluators_in_all_500_stored_cas
     assert len(cases) == 500 and {case["official"]["pattern"] for case in cases} == {*range(9)}, "all, and none"
     assert e.official_iou("(1, 2), it is" + answered((324, 255, 697, 658)), [324, 255, 697, 658]) == 1
 
-@pytest.mark.parametrize("loop", ["<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[[", "[1, 2, ", "(1,2)  "])
-def test_an_answer_that_loops_does_not_stall_the_scores(loop):
-    start, text = time.process_time(), loop * (4000 // len(loop))
-    e.official_iou(text, [0, 0, 1, 1])
-    assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
-    assert time.process_time() - start < 3
+def test_an_answer_that_loops_does_not_stall_the_scores():
+    for loop in ("<answer>(1,2),", "So the answer is (1,2),(3,", "((((", "[[[[", "[1, 2, ", "(1,2)  "):
+        start, text = time.process_time(), loop * (4000 // len(loop))
+        e.official_iou(text, [0, 0, 1, 1])
+        assert e.parse_bbox(25 * text) is None and e.parse_bbox(f"<answer>{25 * text}</answer>") is None
+        assert time.process_time() - start < 3, loop
 
-# ---- intervals ----
 @pytest.mark.parametrize("images, questions, accuracy", [(531, 1336, 0.62), (33, 83, 0.87)])  # all of KVG-Bench; food
 def test_the_interval_of_an_accuracy_covers_the_truth(images, questions, accuracy):
     """Of 1000 benches on which images, of one to six questions, have accuracies of their own: correlation 0.2."""
@@ -304,8 +268,5 @@ def test_intervals_at_the_edges():
     # 3 right of 12: Wilson's with Student's t of 11 degrees of freedom, 2.199 by its series; 40 of 100: 1.984
     assert interval([1.0] * 3 + [0.0] * 9, np.arange(12)) == pytest.approx((0.07517845, 0.57749819), abs=1e-8)
     assert interval([1.0] * 40 + [0.0] * 60, np.arange(100)) == pytest.approx((0.30793903, 0.49971050), abs=1e-8)
-    # two equal answers on each image tell as much as one: sqrt(2) wider; one right and one wrong no more than both do
-    values = np.repeat(np.tile([0.0, 1.0], 10), 2)
-    together, apart, even = (np.ptp(interval(v, i)) for v, i in (
-        (values, twice), (values, np.arange(40)), ([1.0, 1.0, 0.0, 0.0] + [1.0, 0.0] * 18, twice)))  # fmt: skip
-    assert together == pytest.approx(2**0.5 * apart, rel=0.08) and even == pytest.approx(apart, rel=0.08)
+    values = np.repeat(np.tile([0.0, 1.0], 10), 2)  # two equal answers on each image tell as much as one
+    assert np.ptp(interval(values, twice)) == pytest.approx(2**0.5 * np.ptp(interval(values, np.arange(40))), rel=0.08)

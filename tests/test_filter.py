@@ -37,7 +37,6 @@ def run(stage, out, **flags):
     *[(bad, "not one <think>") for bad in (row(text=f"Lo is at {BOX}"), row(THINK + "</think><think>"))],
     *[(row(answer=ANSWER.replace("10", x)), "answer is not") for x in ("20", "1", "300")],
     *[(row(answer="".join(two)), "answer is not") for two in ((ANSWER, OTHER), (OTHER, ANSWER))],
-    (row(answer="here") | {"answer": "here"}, "answer is not"),
     *[(row(think), "not 20 to 60 words") for think in ("Lo is here.", THINK * 5)],
     *[(row(THINK.replace("Lo", name)), "target not named") for name in ("Mi", "Lower")],
     *[(row(THINK + token), "markup") for token in ("<|im_end|>", "<|box_start|>", "<image>")],
@@ -50,13 +49,11 @@ def test_each_rule_rejects_its_own_chain(bad, rule):
     assert not f.broken_row(row(f"{THINK} Or (10,20),(160,400)." + "\nso on" * 3), Counter(), ARGS), "IoU 0.52"
 
 def test_rows_of_other_origin_are_read_once_and_their_images_found_from_the_new_folder(tmp_path):
-    """ShareGPT rows without answer, entities, id; Qwen's tokens in the reasoning; absolute paths and --image_root."""
     think = THINK.replace("two objects", "<|object_ref_start|>Porsche 911 (901, 930, 964, 993)<|object_ref_end|>")
     think, pictures = think.replace(BOX, f"<|box_start|>{BOX}<|box_end|>"), tmp_path / "pictures"
     images = {"images": ["a"]}, {"images": [str(pictures / "b")]}, {"image": "c"}, {"images": ["a"]}
     rows = [{"messages": row(think)["messages"]} | at for at in images]
-    (tmp_path / "in").mkdir()
-    run("cot", tmp_path / "o/k", samples=write(tmp_path / "in/rows.jsonl", rows), image_root=pictures)
+    run("cot", tmp_path / "o/k", samples=write(tmp_path / "rows.jsonl", rows), image_root=pictures)
     kept, (rejected,) = read(tmp_path / "o/k/samples.jsonl"), read(tmp_path / "o/k/rejected.jsonl")
     assert [r["id"] for r in kept] == [1, 2, 3] and rejected["reason"] == "duplicate"
     assert ["image" in r for r in kept] == [False] * 3 and kept[1]["images"] == [str(pictures / "b")]
@@ -75,8 +72,6 @@ def test_rows_that_are_solved_sometimes_are_kept_with_both_pass_rates(tmp_path):
     assert [r["pass_rate_at"] for r in kept] == [{"0.5": 0.25, "0.8": 0.0}, {"0.5": 0.75, "0.8": 0.25}]
     assert [(r["id"], r["reason"]) for r in rejected] == [("none", "too hard"), ("all", "trivial")]
     assert read(tmp_path / "mastery.json") == {"A": {"mastery": 0.125, "n": 2}, "B": {"mastery": 0.875, "n": 2}}
-    assert read(tmp_path / "stats.json")["pass_rate_at"] == {"0.5": 0.5, "0.8": 0.1875}
-    assert (tmp_path / "pass_rate.png").stat().st_size > 2000
     for flags, want in (({"iou": 0.8}, ["three", "all"]), ({"min_correct": 0, "max_correct": 1}, ["none", "one"])):
         run("grpo", tmp_path, **files, **flags)
         assert [r["id"] for r in read(tmp_path / "samples.jsonl")] == want
@@ -103,10 +98,3 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path):
     subprocess.run([*command, tmp_path / "b"], check=True)
     for name in ("samples.jsonl", "rejected.jsonl", "stats.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-def test_without_torch_the_data_scripts_are_imported_and_print_their_help_in_half_a_second():
-    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import filter, gen_cot, synth_data"
-    for command in (["-c", code], *[[script, "--help"] for script in ("synth_data.py", "gen_cot.py", "filter.py")]):
-        before = os.times()
-        subprocess.run([sys.executable, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        assert sum(os.times()[2:4]) - sum(before[2:4]) < 0.5

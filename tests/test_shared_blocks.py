@@ -16,7 +16,6 @@ def read(names):
     return {name: (ROOT / name).read_text("utf-8") for name in names}
 
 def drift(texts):
-    """One line per marker that is malformed, per second source, per copy that is not as in the script it names."""
     found = [(script, *block) for script, text in texts.items() for block in BLOCK.findall(text)]
     sources = {(script, name): body for script, name, copied, body in found if not copied}
     marks = {script: len(re.findall("^# [<>]{3} shared", text, re.M)) for script, text in texts.items()}
@@ -26,7 +25,6 @@ def drift(texts):
                     for script, name, copied, body in found if copied and body != sources.get((copied, name))]
 
 def defined(text):
-    """[(name, its code)] of what is defined at top level."""
     pairs = []
     for node in ast.parse(text).body:
         targets = [n for t in getattr(node, "targets", []) for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
@@ -35,7 +33,6 @@ def defined(text):
     return pairs
 
 def twins(texts):
-    """Names that two scripts define outside a marked block, and names that two blocks define in different ways."""
     places, codes = {}, {}
     for script, text in texts.items():
         for name in dict(defined(BLOCK.sub("", text))).keys() - {"main", "parse_args"}:
@@ -54,23 +51,18 @@ def test_every_copy_equals_its_source_and_no_name_is_defined_twice():
 def test_tools_read_boxes_and_ask_questions_as_the_scripts_do():
     codes = {code for text in read(SCRIPTS).values() for _, code in defined(text)}
     names = ("NUMBER", "POINT", "FOUR", "BOXES", "QUESTION", "InputError")
-    same = [(tool, name, code) for tool, text in read(TOOLS).items() for name, code in defined(text) if name in names]
-    assert len(same) >= 6 and not [f"{tool}: {name}" for tool, name, code in same if code not in codes]
+    same = [(name, code) for text in read(TOOLS).values() for name, code in defined(text) if name in names]
+    assert len(same) >= 6 and not [name for name, code in same if code not in codes]
 
 def test_drift_is_seen():
     source = "# >>> shared:a (source)\nx = 1\n# <<< shared:a\n"
     copy = "# >>> shared:a (copy of a.py)\nx = 2\n# <<< shared:a\n"
     assert drift({"a.py": source, "b.py": copy}) and not drift({"a.py": source, "b.py": copy.replace("2", "1")})
     assert drift({"a.py": source, "b.py": source}) and drift({"a.py": source + "# <<< shared:b\n"})
-    assert drift({"b.py": copy}), "a copy without a source"
-    assert twins({"a.py": "def f(): pass\n", "b.py": "def f(): pass\n"}) and not twins({"a.py": source, "b.py": source})
     assert twins({"a.py": "x, y = 1, 2\n", "b.py": "y = 1\n"}) and twins({"a.py": source + copy.replace(":a", ":b")})
 
 if __name__ == "__main__":
     texts = read(SCRIPTS)
     bodies = {name: body for text in texts.values() for name, copied, body in BLOCK.findall(text) if not copied}
     for script, text in texts.items() if sys.argv[1:] == ["--fix"] else ():
-        new = BLOCK.sub(lambda m: m[0].replace(m[3], bodies[m[1]]), text)
-        (ROOT / script).write_text(new, encoding="utf-8")
-        print(f"rewrote {script}" if new != text else f"{script} is as it was")
-    print("\n".join(drift(read(SCRIPTS)) + twins(read(SCRIPTS))) or "in order")
+        (ROOT / script).write_text(BLOCK.sub(lambda m: m[0].replace(m[3], bodies[m[1]]), text), encoding="utf-8")

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-from functools import partial
 
 import pytest
 import study
@@ -18,11 +17,10 @@ def write(path, *rows):
 
 def test_every_command_is_one_that_its_script_takes_and_the_parts_can_run_one_after_the_other():
     jobs = {f"0/{name}": command for part, _ in study.PARTS for name, command in study.jobs_of(0, part).items()}
-    for name, command in jobs.items():
+    for command in jobs.values():
         script, *flags = command.split()
         if not script.startswith("tests/"):  # they are run below, and in test_toy.py
             args = importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
-            assert name.split("/")[1] == str(getattr(args, "output_dir", None) or args.out).rpartition("/")[2]
             if script == "train_grpo.py":  # all see equally many completions
                 assert args.max_steps * args.train_batch_size * args.num_generations == study.STEPS * study.PROMPTS * 8
     waits, done = {name: study.needs(name, command) for name, command in jobs.items()}, set()
@@ -41,21 +39,17 @@ def test_the_teacher_errs_where_it_is_said_to_and_the_rest_stays_right(world_dir
         world.main(["--err", str(tmp_path / "cot/samples.jsonl"), "--out", str(tmp_path / "err"), *map(str, flags)])
         rows, wrong = study.report.read_rows(tmp_path / "err/samples.jsonl"), set()
         for a, b in zip(right, rows, strict=True):
-            target, said = a["entities"][a["target"]]["entity"], b["messages"][1]["content"]
-            assert said == f"<think>\n{b['cot']}\n</think> <answer>{a['answer']}</answer>"
-            assert (tmp_path / "err" / b["images"][0]).exists()
+            said = f"<think>\n{b['cot']}\n</think> <answer>{a['answer']}</answer>"
+            assert b["messages"][1]["content"] == said and (tmp_path / "err" / b["images"][0]).exists()
             assert re.findall(r"\(.*", a["cot"]) == re.findall(r"\(.*", b["cot"]), "all boxes, the last one too"
-            old, new = (row["cot"].split("\n") for row in (a, b))
-            if changed := {line.split(":")[0] for line, other in zip(old, new, strict=True) if line != other}:
-                assert changed == {"Planning", "Comparison", "Conclusion"}
-                wrong.add((a["id"], target, new[0]))
+            if a["cot"] != b["cot"]:
+                wrong.add((a["entities"][a["target"]]["entity"], b["cot"].split("\n")[0]))
         return wrong
-    few, most, always = errors("--share", 0.4), errors("--share", 0.8), errors("--share", 0.5, "--systematic")
+    none, few, most = (errors("--share", share) for share in (0, 0.4, 0.8))
+    assert few < most and len(few) > 1 and not none and (always := errors("--share", 0.5, "--systematic"))
     names = json.loads((tmp_path / "err/wrong.json").read_text())
-    assert few < most and len(few) > 1 and not errors("--share", 0) and len(errors("--share", 1)) == len(right)
-    targets = {r["entities"][r["target"]]["entity"] for r in right}
-    assert len(names) == 6 * 7 and {name for _, name, _ in always} == targets & set(names)
-    for _, name, planning in always:
+    assert len(names) == 6 * 7 and {name for name, _ in always} <= set(names)
+    for name, planning in always:
         assert planning == f"Planning: {name} is {world.describe(world.ENTITIES[names[name]])}."
 
 def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
@@ -67,8 +61,6 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
     assert "0/a failed" in capsys.readouterr().out and not (out / "0/b").exists()
     given.write_text("x")
     assert study.run_jobs(jobs, out, at_once=2) and (out / "0/b/x").read_text() == "x"
-    given.unlink()
-    assert study.run_jobs(jobs, out, at_once=2)
     with pytest.raises(SystemExit, match="0/a: made by another command than now; delete it"):
         study.run_jobs(jobs | {"0/a": jobs["0/a"] + " --more"}, out, at_once=2)
     os.utime(out / "0/a/done.json", (2**31, 2**31))
@@ -76,7 +68,6 @@ def test_a_stopped_study_goes_on_with_what_is_left(tmp_path, capsys):
         study.run_jobs(jobs, out, at_once=2)
 
 def evaluated(folder, acc, *rows):
-    """The folder of a finished evaluation."""
     scores = {"acc": acc, "mean_iou": acc, "parse_rate": 1.0}
     write(folder / "metrics.json", {k: scores for k in ("all", "seen", "unseen")} | {"completions/mean_length": 9})
     row = {"correct": True, "entity": "Penika", "category": "disc", "image_id": "i", "pred_bbox_1000": [1, 2, 30, 40]}
@@ -93,21 +84,5 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     lines = [re.sub(" +", " ", line) for line in text.splitlines()]
     for cells in ("sft | 55.0 (-8.5 to 118.5)", "cot_sft - sft | +25.0 (-38.5 to +88.5)", "grpo - cot_sft | - | - | -"):
         assert any(line.startswith(f"| {cells} |") for line in lines)
-    assert lines[-1] == "2 of 3 jobs, 2 minutes together."
     difference = values["The paper's comparison"]["points, paired by seed, cot_sft - sft: all"]
     assert difference == {"0": 20.0, "1": 30.0} and set(values) == set(study.TABLES)
-
-def test_the_parts_of_the_reasoning_are_judged_one_by_one(tmp_path):
-    look = world.describe(world.ENTITIES["Penika"])
-    parts = {"Planning": f"Penika is {look}.", "Visual Analysis": f"\n{look} (1,2),(30,40)\na white bowl (1,2),(9,9)",
-             "Comparison": f"of the objects above, only {look} fits Penika."}  # fmt: skip
-    whole = "\n".join(f"{k}: {v}" for k, v in parts.items()) + f"\nConclusion: Penika is {look} (1,2),(30,40)."
-    texts = [whole, look, *(whole.replace(text, "a white bowl") for text in parts.values())]
-    texts.append(whole.replace(f"{look} (", "a white bowl (", 1))
-    rows = [{"response": f"<think>\n{text}\n</think>"} for text in texts]
-    evaluated(tmp_path / "0/eval_grpo", 1, *rows, {"correct": False, "response": whole})
-    share = partial(study.Runs(tmp_path, [0]).share, "grpo")
-    got = [round(share(key)[0]) for key in (*study.FAULTS, "box not listed", "listed by another look")]
-    assert got == [33, 33, 50, 33, 0, 33, 17]  # % of six: the part that is taken away, and all in the one without parts
-    assert round(share("boxes listed")[0], 2) == 1.33
-    assert share("no look in Planning", lambda x, s: not x["correct"]) == {0: 0}

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +23,6 @@ OPTIONS = [{}, {"gap_px": (3, 20), "entity_scale": (0.5, 0.9)}, {"canvas_size": 
 
 @pytest.mark.parametrize("layout, options", [(layout, options) for layout in s.LAYOUTS for options in OPTIONS])
 def test_remapped_boxes_lie_on_the_pixels_they_name(layout, options):
-    """Each source has its box in a colour of its own, which in the composite fills exactly the remapped box."""
     colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
     rng, args = random.Random(f"{layout}{options}"), SimpleNamespace(**SCENE | {"layouts": [layout]} | options)
     for _ in range(5):
@@ -59,8 +57,7 @@ def test_rows_keep_the_contract(synth_dir):
     assert len(rows) == 12 == len({r["id"] for r in rows}) and (synth_dir / "preview.png").exists()
     for r in rows:
         names, target = [e["entity"] for e in r["entities"]], r["entities"][r["target"]]
-        assert 2 <= len(names) <= 6 and len(set(names)) == len(names)
-        assert {toy_world.ENTITIES[n][0] for n in names} == {r["category"]}
+        assert 2 <= len({*names}) == len(names) <= 6 and {toy_world.ENTITIES[n][0] for n in names} == {r["category"]}
         assert r["question"] == s.QUESTION.format(target["entity"])
         assert r["answer"] == s.ANSWER.format(target["entity"], *target["bbox_1000"])
         assert [m["content"] for m in r["messages"]] == ["<image>" + r["question"], r["answer"]]
@@ -76,8 +73,6 @@ def test_a_killed_run_and_more_workers_and_a_longer_run_end_in_the_same_bytes(wo
         lines = (b / "samples.jsonl").read_bytes().count(b"\n") if (b / "samples.jsonl").exists() else 0
     run.kill()
     assert run.wait() == -9 and 100 <= lines < 1000
-    with open(b / "samples.jsonl", "a") as f:
-        f.write('{"id": "0-0')  # a cut last line
     again = [*command, "--out", b, "--num_samples", "600", "--num_workers", "3"]
     assert "500 -> 600" in subprocess.run(again, check=True, capture_output=True, text=True).stdout
     for name in ("samples.jsonl", *{row["images"][0] for row in read(a)}):
@@ -85,7 +80,6 @@ def test_a_killed_run_and_more_workers_and_a_longer_run_end_in_the_same_bytes(wo
     other = subprocess.run([*again, "--seed", "1"], capture_output=True, text=True)
     assert other.returncode == 1 and "'seed': '0 -> 1'" in other.stderr and other.stderr.count("\n") == 1
 
-# ---- small sources ----
 def photo(seed, size=(200, 150)):  # smooth: its hash is its own, and survives scaling and compression
     small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
@@ -111,17 +105,15 @@ def synth(source, out, *flags):
         s.main()
     return json.loads((out / "stats.json").read_text())
 
-@pytest.mark.parametrize("kind", ["folder", "kvg.parquet", "bytes.parquet", "rows.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "rows.parquet", "rows.jsonl"])
 def test_images_of_the_benchmark_are_excluded_even_scaled_compressed_and_mirrored(kind, tmp_path):
-    source, folder, files = make_source(tmp_path / "source", 10), tmp_path / "folder/deep", []
+    source, folder = make_source(tmp_path / "source", 10), tmp_path / "folder/deep"
     folder.mkdir(parents=True)
     for i, picture in enumerate((photo(3, (640, 480)), ImageOps.mirror(photo(4)), photo(50))):
         picture.save(folder / f"{i}.jpg", quality=60)
-    (folder / "3.jpg").write_bytes(b"no image")  # it can be no question either
     files = sorted(folder.iterdir())
-    if kind.endswith("parquet"):
-        data = [f.read_bytes() for f in files]
-        pq.write_table(pa.table({"image": data if kind[0] == "b" else [{"bytes": d} for d in data]}), tmp_path / kind)
+    if kind == "rows.parquet":
+        pq.write_table(pa.table({"image": [{"bytes": f.read_bytes()} for f in files]}), tmp_path / kind)
     elif kind != "folder":
         write(tmp_path / kind, [{"images": ["folder/deep/0.jpg"]}, *[{"image": str(f)} for f in files[1:]]])
     stats = synth(source, tmp_path / "out", "--exclude", tmp_path / kind)
@@ -134,37 +126,24 @@ def test_held_out_entities_and_sources_of_excluded_composites_never_occur(world_
     assert len(held) > 10 and not {*held} & {f"{e['category']}/{e['entity']}" for e in used}
     assert len(before) > 20 and not {e["source"] for e in before} & {e["source"] for e in used}
 
-@pytest.mark.parametrize("mode, kind, want", [("L", "jpg", "RGB"), ("CMYK", "jpg", "RGB"), ("RGBA", "png", "RGBA"),
-                                              ("LA", "png", "RGBA"), ("P", "png", "RGB")])  # fmt: skip
-def test_a_source_of_any_mode_loads_as_convert_would_give_it_and_upright(mode, kind, want, tmp_path):
-    exif, path = Image.Exif(), tmp_path / f"a.{kind}"
-    exif[0x0112] = 6
-    photo(0).convert(mode).save(path, exif=exif)
-    turned = Image.open(path).convert(want).transpose(Image.Transpose.ROTATE_270)
-    assert s.open_image(path).mode == want and s.open_image(path).tobytes() == turned.tobytes()
+def test_a_source_is_turned_upright_and_keeps_its_transparency(tmp_path):
+    (exif := Image.Exif())[0x0112] = 6
+    photo(0).convert("LA").save(path := tmp_path / "a.png", exif=exif)
+    turned = Image.open(path).convert("RGBA").transpose(Image.Transpose.ROTATE_270)
+    assert s.open_image(path).mode == "RGBA" and s.open_image(path).tobytes() == turned.tobytes()
 
-NAMES = "Chardonnay 2012, 2013, 2014", "Boeing 737-600, 700, 800, 900", "Porsche 911 (901, 930, 964, 993)", "A\n"
-
-def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder_and_any_name_is_fine(tmp_path):
-    """Of the parquet two rows are bad: they are skipped and counted. It is read by row groups."""
+def test_jsonl_parquet_absolute_paths_and_links_give_the_pixels_of_the_folder(tmp_path):
     source = make_source(tmp_path / "source")
-    rows = [json.loads(line) for line in (source / "boxes.jsonl").read_text().splitlines()]
-    rows = [r | {"entity": r["image"][4], "category": "CAT "} for r in rows]
+    rows = [r | {"entity": r["image"][4], "category": "CAT "} for r in map(json.loads, open(source / "boxes.jsonl"))]
     (tmp_path / "link").symlink_to(source)
     write(tmp_path / "abs.jsonl", [r | {"image": str(source / r["image"])} for r in rows])
-    data = [*[(source / r["image"]).read_bytes() for r in rows], b"broken", None]
-    table = [r | {"image": {"bytes": d}} for r, d in zip([*rows, *rows[:2]], data, strict=True)]
+    table = [r | {"image": {"bytes": (source / r["image"]).read_bytes()}} for r in rows]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "rows.parquet", row_group_size=3)
     synth(source, tmp_path / "0")
     for kind in ("link", "abs.jsonl", "rows.parquet"):
-        stats = synth(tmp_path / kind, tmp_path / f"out_{kind}", "--categories", "cAt", "--max_bad_rows", 2)
-        assert stats["left_out"] == ({"bad image": 2} if "parquet" in kind else {})
+        synth(tmp_path / kind, tmp_path / f"out_{kind}", "--categories", "cAt")
         for image in (tmp_path / "0/images").iterdir():
             assert image.read_bytes() == (tmp_path / f"out_{kind}/images" / image.name).read_bytes()
-    assert s.image_column(tmp_path / "rows.parquet", 1).length() == 3
-    named = [r | {"entity": NAMES[i % 4]} for i, r in enumerate(rows)]
-    synth(write(source / "named.jsonl", named), tmp_path / "named")
-    assert {e["entity"] for r in read(tmp_path / "named") for e in r["entities"]} == {n.strip() for n in NAMES}
 
 @pytest.mark.parametrize("line, want", [
     ({}, "not listed"), ({"bbox_px": None, "reason": "blurred"}, "blurred"),
@@ -186,21 +165,11 @@ def test_boxes_may_be_predictions_of_which_the_first_about_an_image_counts(tmp_p
     for r in read(tmp_path / "out"):  # half of each picture
         assert all(abs((b[2] - b[0]) / (b[3] - b[1]) - 4 / 3) < 0.1 for b in (e["bbox_px"] for e in r["entities"]))
 
-def test_bad_images_are_counted_and_listed_and_a_higher_limit_is_no_other_run(tmp_path):
+def test_bad_images_are_counted_and_listed_up_to_a_limit(tmp_path):
     source, out = make_source(tmp_path / "source", 20), tmp_path / "out"
     (source / "Cat/a/2.png").write_bytes(b"not an image")
     stats = synth(source, out)  # one is 1 % of 20, rounded up
     assert stats["left_out"] == {"bad image": 1} and list(stats["left_out_sources"]) == ["Cat/a/2.png"]
-    before = (out / "samples.jsonl").read_bytes()
-    synth(source, out, "--max_bad_rows", 5)
-    assert (out / "samples.jsonl").read_bytes() == before
     (source / "Cat/a/4.png").write_bytes((source / "Cat/a/4.png").read_bytes()[:-60])
     with pytest.raises(s.InputError, match='2 bad, {"Cat/a/2.png": "bad image: cannot .*; want --max_bad_rows, now 1'):
         synth(source, tmp_path / "no")
-
-def test_categories_are_drawn_alike_or_by_their_images(tmp_path):
-    source, share = make_source(make_source(tmp_path / "source", 4, "few"), 36, "many"), {}
-    for weights in ("uniform", "images"):
-        synth(source, tmp_path / weights, "--num_samples", 200, "--category_weights", weights, "--canvas_size", 60, 40)
-        share[weights] = Counter(r["category"] for r in read(tmp_path / weights))["few"] / 200
-    assert 0.4 < share["uniform"] < 0.6 and 0.04 < share["images"] < 0.17
