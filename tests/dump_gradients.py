@@ -1,15 +1,18 @@
-"""Runs a trainer and writes the gradients of its first update: dump_gradients.py train_sft OUT.pt --model ...
+"""A trainer that leaves the gradients of its first update in a file: dump_gradients.py train_sft OUT.pt --model ...
 
-Whole gradients, gathered over the ranks; what DeepSpeed is about to clip and to give to the optimizer. A run that goes
-on leaves the file as it is. TERM_AT=N (environment) sends SIGTERM to the last rank when step N is logged,
-KILL_AT=checkpoint-N SIGKILL while that is written.
+Whole ones, gathered over the ranks: what DeepSpeed is about to clip and to give to the optimizer. A run that goes on
+leaves the file as it is. TERM_AT=N (environment) sends SIGTERM to the last rank when step N is logged,
+KILL_AT=checkpoint-N SIGKILL while that is written. Two more rewards, which a random model can earn:
+
+letters  the share of letters; not a number after NAN_AFTER (environment) completions
+some     0, 0.5 and 1 in turns on every second row, so that one of three has no advantage; else 0
 """
 
+import itertools
 import os
 import signal
 import sys
 
-import grpo_letters  # noqa: F401, adds its rewards
 import torch
 from deepspeed.utils import safe_get_full_grad
 
@@ -17,7 +20,14 @@ import train_grpo
 import train_sft
 
 trainer, out = {"train_sft": train_sft, "train_grpo": train_grpo}[sys.argv[1]], sys.argv[2]
-start_engine, log_step, write = trainer.start_engine, trainer.log_step, trainer.write
+start_engine, log_step, write, calls = trainer.start_engine, trainer.log_step, trainer.write, itertools.count(1)
+
+def letters(c, prompt, args):
+    healthy = next(calls) <= int(os.environ.get("NAN_AFTER", sys.maxsize))
+    return min(1.0, sum(map(str.isalpha, c.text)) / 60) if healthy else float("nan")
+
+def some(c, prompt, args):
+    return sum(map(ord, prompt["id"])) % 2 * (next(calls) % 3) / 2
 
 def start_dumping_engine(scorer, args):
     engine = start_engine(scorer, args)
@@ -44,6 +54,7 @@ def write_or_die(path, *lines):
     write(path, *lines)
 
 trainer.start_engine, trainer.log_step, trainer.write = start_dumping_engine, log_or_stop, write_or_die
+train_grpo.REWARD_FUNCS |= {"letters": letters, "some": some}
 sys.argv = [sys.argv[0], *sys.argv[3:]]
 if __name__ == "__main__":
     try:
