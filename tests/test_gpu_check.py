@@ -5,16 +5,14 @@ import math
 
 from conftest import run_script
 
-CHECKS = "versions", "patches", "sdpa", "kernels", "rollouts", "step_7b"  # not those that start the trainers, for time
 
 def test_the_walk_runs_without_a_gpu_and_writes_finite_numbers(tmp_path):
-    out = tmp_path / "rows.json"
-    table = run_script("tests/gpu_check.py", "--out", out, "--checks", *CHECKS).stdout
+    checks, out = ("versions", "kernels", "rollouts", "step_7b"), tmp_path / "rows.json"  # no trainers, for time
+    table = run_script("tests/gpu_check.py", "--out", out, "--checks", *checks).stdout
     rows = json.loads(out.read_text())
-    assert {r["check"].split()[0] for r in rows} == {"1", "2", "3", "4", "5", "8", "12"}
-    assert "cpu, tiny" in rows[0]["line"] and all(r["line"] in table for r in rows)
+    assert len(rows) == 11 and "cpu, tiny" in rows[0]["line"] and all(r["line"] in table for r in rows)
     for r in rows:
         numbers = [v for v in r["measured"].values() if not isinstance(v, str)]
         assert all(map(math.isfinite, numbers)) and "error" not in r["measured"], r
-        assert r["ok"] or r["check"][0] not in "45", f"what is to be exact on a GPU is exact here: {r}"
-    assert [r["check"] for r in rows][-2:] == ["8 7b, P = 53, C = 6", "8 7b, C = 6, plain, 2 x one prompt"]
+        assert r["ok"] or r["check"].startswith("7b"), f"what is to be exact on a GPU is exact here: {r}"
+    assert [r["check"] for r in rows][-2:] == ["7b, P = 53, C = 6", "7b, C = 6, plain, 2 x one prompt"]

@@ -175,8 +175,7 @@ def test_a_run_folder_gives_its_table_curves_and_pages(folder, tmp_path):
         shutil.copytree(folder / old, tmp_path / new, ignore=shutil.ignore_patterns("*.html"))
         os.utime(tmp_path / new / "metrics.json", (t, t))
     steps = "".join(json.dumps({"step": i, "loss": 1 / i, "time/x": i, "kl": None}) + "\n" for i in range(1, 4))
-    (tmp_path / "train_grpo").mkdir()
-    (tmp_path / "train_grpo/metrics.jsonl").write_text(steps + '{"step": 4, "lo')
+    report.write(tmp_path / "train_grpo/metrics.jsonl", steps + '{"step": 4, "lo')
     command = [sys.executable, shutil.copy(ROOT / "tools/report.py", tmp_path), "run", "."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines, result = done.stdout.splitlines(), json.loads((tmp_path / "results.json").read_text())
