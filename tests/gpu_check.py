@@ -193,8 +193,9 @@ def step(folder, name):
         return times
 
     gpu = torch.cuda.get_device_name().lower().replace(" ", "") if CUDA else ""
+    card = next((c for c in plan.CARDS if c in gpu), None)
     plan.TEXT, sized = P - np.prod(SIDES) // 784, plan.meta_model(ROOT / path)
-    given = ["grpo", "--model=m", f"--gpus={gpus}x{next((c for c in plan.CARDS if c in gpu), "h100")}", *flags]
+    given = ["grpo", "--model=m", f"--gpus={gpus}x{card or 'h100'}", *flags]
     given += [f"--train_batch_size={B * gpus}", f"--num_generations={G}", f"--max_pixels={np.prod(SIDES)}"]
     ours, wanted = {}, "bandwidth > 0.4, MFU > 0.3" + ", GB < 1.15 x planned" * (gpus == 1)
     for C in LENGTHS:
