@@ -1,12 +1,8 @@
 """Rollout of a group against transformers' generate. By hand: python tests/bench_rollout.py
 
 One prompt with a photo (>= 512 tokens), G = 8 completions of exactly C tokens, temperature 1, same model, in turns:
-
-  sequential   G calls of generate, one completion each, as the released trainer does
-  batched      one call of generate(num_return_sequences=G)
-  ours         train_grpo.rollout
-
-and `ours` again with --prompts prompts at once, against `batched` prompt by prompt.
+`sequential`, G calls of generate, as the released trainer does; `batched`, one with num_return_sequences=G; `ours`,
+and this again with --prompts prompts at once, against `batched` prompt by prompt.
 """
 
 import tempfile
@@ -32,7 +28,7 @@ def main():
     G, result = args.num_generations, {"args": vars(args)}
     with tempfile.TemporaryDirectory() as folder:
         photos, given = tools.write_photos(folder, args.prompts), (*processors, g.BOX_STYLES["qwen2_vl"])
-        texts = [tools.prompt_text(processors[0], 110 + 5 * i) for i in range(args.prompts)]
+        texts = (tools.prompt_text(processors[0], 110 + 5 * i) for i in range(args.prompts))
         prompts = [g.chat_inputs(given, *x) for x in zip(photos, texts, strict=True)]
     result["prompt_tokens"] = [len(x["prompt_ids"]) for x in prompts]
 

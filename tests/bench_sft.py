@@ -2,8 +2,7 @@
 
 Rows have a photo (about 400 tokens) and completions of 20 to 600 tokens; vision tower frozen, 8 rows a step.
 
-  padded   transformers' forward on right-padded batches, loss on the completions, backward
-  ours     train_sft.pack_sequences and CompletionLogProbs on the same batches, in turns with it
+  padded   transformers' forward on right-padded batches, loss on the completions, backward; in turns with ours
   trl      with --trl_python: TRL's SFTTrainer (tests/trl_baseline.py) against train_sft.py, whole steps with reading
            images, forward, backward and update; the same rows, one process after the other
 
@@ -12,20 +11,19 @@ Tokens are those of the rows, padding not counted.
 
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_tools as tools
 import torch
+from bench_grpo import against_trl
 from bench_tools import spread
 
 import train_sft as t
 
 
 def make_rows(folder, tokenizer, count):
-    """rows.jsonl, as both read it."""
     rng = random.Random(0)
     with open(folder / "rows.jsonl", "w") as f:
         for photo in tools.write_photos(folder, count):
@@ -78,23 +76,20 @@ def compare_passes(args, folder, result):
 
 def compare_trainers(args, folder, result):
     """Rates over the second of two epochs; the first is warm-up."""
-    for part in tools.build_model(args.geometry):
-        part.save_pretrained(folder / "model")
-    epoch, rates, rows = args.rows // args.batch_size, {"ours": [], "trl": []}, folder / "rows.jsonl"
-    for turn in range(args.step_rounds):
-        out, trl, model = folder / f"run{turn}", folder / "trl.json", ("--model", folder / "model")
-        tools.run(sys.executable, "train_sft.py", *model, "--data", rows, "--output_dir", out, "--train_batch_size",
-                  args.batch_size, "--max_steps", 2 * epoch, "--save_steps", 0)  # fmt: skip
-        tools.run(args.trl_python, "tests/trl_baseline.py", "sft", *model, "--rows", rows, "--batch_size",
-                  args.batch_size, "--steps", 2 * epoch, "--out", trl)  # fmt: skip
-        ours, trl = tools.read_rows(out / "metrics.jsonl")[epoch:], json.loads(trl.read_text())
-        tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours)
-        rates["ours"].append(tokens / sum(m["step_time"] for m in ours))
-        rates["trl"].append(sum(trl["tokens"][epoch : 2 * epoch]) / sum(trl["step_seconds"][epoch:]))
-    result["ours / trl, tokens/s"] = spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)])
+    epoch, rows, batch = args.rows // args.batch_size, folder / "rows.jsonl", args.batch_size
+
+    def tokens_per_second(ours, trl):
+        tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours[epoch:])
+        theirs = sum(trl["tokens"][epoch : 2 * epoch]) / sum(trl["step_seconds"][epoch:])
+        return tokens / sum(m["step_time"] for m in ours[epoch:]), theirs
+
+    ours = ("train_sft.py", "--data", rows, "--train_batch_size", batch, "--max_steps", 2 * epoch)
+    theirs = ("--rows", rows, "--batch_size", batch, "--steps", 2 * epoch)
+    rates, _, trl = against_trl(args, "sft", folder, ours, theirs, tokens_per_second)
+    ratio = result["ours / trl, tokens/s"] = spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)])
     result["trainer tokens/s"] = {side: spread(values) for side, values in rates.items()}
     result["trl"], result["trl_peak_mb"] = trl["versions"], trl["peak_rss_mb"]
-    tools.show(f"whole steps, ours / TRL {trl['versions']['trl']}, tokens/s", result["ours / trl, tokens/s"])
+    tools.show(f"whole steps, ours / TRL {trl['versions']['trl']}, tokens/s", ratio)
 
 def main():
     p = tools.parser(__doc__, "sft")

@@ -143,8 +143,9 @@ def parts(request, family_dirs, synth_dir):
             m.model.language_model.norm.weight.mul_(3)
     samples = g.read_samples([synth_dir / "samples.jsonl"])[0][:5]
     prompts = [s | g.chat_inputs(processors, s["image"], s["question"] + " please" * i) for i, s in enumerate(samples)]
+    banned = [i for token, i in processors[0].get_vocab().items() if re.search("vision|image|video", token)]
     return SimpleNamespace(model=model, plain_model=plain_model, processors=processors, prompts=prompts,
-                           tokenizer=processors[0], banned=processors[0].convert_tokens_to_ids(g.BANNED))  # fmt: skip
+                           tokenizer=processors[0], banned=banned)  # fmt: skip
 
 TRAIN_FLAGS = {  # four steps; the last one, in which two ranks share one row, is in the second epoch
     "train_sft": ("--target", "direct", "--tokens_per_row", 200),
