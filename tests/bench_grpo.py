@@ -29,17 +29,33 @@ g.REWARD_FUNCS["random"] = lambda c, prompt, args: random.Random(c.text).random(
 g.main()
 """
 
+def parser(*args):
+    p = tools.parser(*args)
+    p.add_argument("--completion_lengths", type=int, nargs="+", default=[64, 256])
+    p.add_argument("--num_generations", type=int, default=8)
+    p.add_argument("--prompts", type=int, default=4, help="at once, or of a step")
+    return p
+
+def photo_prompts(processors, count):
+    """Inputs of prompts with a photo, of at least 512 tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = (tools.prompt_text(processors[0], 110 + 5 * i) for i in range(count))
+        pairs = zip(tools.write_photos(folder, count), texts, strict=True)
+        return [g.chat_inputs((*processors, g.BOX_STYLES["qwen2_vl"]), *pair) for pair in pairs]
+
+def gradient_gap(a, b):
+    """Largest difference of the gradients of two models, relative to each one's largest entry."""
+    pairs = ((p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters(), strict=True) if p.grad is not None)
+    return max(((p - q).abs().max() / p.abs().max()).item() for p, q in pairs if p.any())
+
 def training_pass(side, args, length):
-    """(a call that runs forward and backward of one group and returns the log-probs, the model, prompt tokens)"""
+    """A call that runs forward and backward of one group and returns the log-probs; it has its model as `model`."""
     cuda, G, generator = torch.cuda.is_available(), args.num_generations, torch.Generator().manual_seed(0)
     device = "cuda" if cuda else "cpu"
     model, *processors = tools.build_model(args.geometry, device, torch.bfloat16 if cuda else torch.float32)
     model.train().model.visual.requires_grad_(not args.freeze_vision)
-    with tempfile.TemporaryDirectory() as folder:
-        text, (photo,) = tools.prompt_text(processors[0], 110), tools.write_photos(folder, 1)
-        inputs = g.chat_inputs((*processors, g.BOX_STYLES["qwen2_vl"]), photo, text)
-    ids = torch.randint(3, 500, (G, length), generator=generator).tolist()
-    weights = torch.randn(G, generator=generator)[:, None].expand(-1, length).to(device)
+    (inputs,), ids = photo_prompts(processors, 1), torch.randint(3, 500, (G, length), generator=generator).tolist()
+    weights = torch.randn(G, generator=generator)[:, None].to(device)
     group = inputs | {"completions": [g.Completion(c, None, False) for c in ids]}
     scorer = g.CompletionLogProbs(g.packable(model)) if side == "ours" else None
 
@@ -52,80 +68,64 @@ def training_pass(side, args, length):
         (logps * weights).sum().backward()
         return logps.detach()
 
-    return call, model, len(inputs["prompt_ids"])
-
-def memory_of(*args):
-    return training_pass(*args)[0]
+    call.model = model
+    return call
 
 def compare_passes(args, result):
     for length in args.completion_lengths:
-        cases = {side: training_pass(side, args, length) for side in ("naive", "ours")}
-        logps = {side: call() for side, (call, _, _) in cases.items()}
-        pairs = zip(*(model.parameters() for _, model, _ in cases.values()), strict=True)
-        gap = max((a.grad - b.grad).abs().max() / a.grad.abs().max() for a, b in pairs if a.grad is not None and a.grad.any())
-        times = [{side: tools.seconds_of(call) for side, (call, _, _) in cases.items()} for _ in range(args.rounds)]
-        told = result[f"C={length}"] = {
-            "prompt_tokens": cases["ours"][2],
-            "naive / ours, time": spread([t["naive"] / t["ours"] for t in times]),
-            "seconds": {side: spread([t[side] for t in times]) for side in cases},
-            "peak_mb": {side: tools.peak_memory(partial(memory_of, side, args, length)) for side in cases},
-            "log-prob difference": (logps["naive"] - logps["ours"]).abs().max().item(),
-            "gradient difference, relative": gap.item(),
-        }
-        tools.show(f"training pass, naive / ours, C={length}", told["naive / ours, time"])
-        print(*(f"  {key}: {told[key]}" for key in [*told][3:]), sep="\n")
+        naive, ours = (training_pass(side, args, length) for side in ("naive", "ours"))
+        far = (naive() - ours()).abs().max().item()
+        told = {"log-prob difference": far, "gradient difference, relative": gradient_gap(naive.model, ours.model)}
+        peaks = {side: tools.peak_memory(partial(training_pass, side, args, length)) for side in ("naive", "ours")}
+        print(told := told | {"peak_mb": peaks})
+        times = [(tools.seconds_of(naive), tools.seconds_of(ours)) for _ in range(args.rounds)]
+        told |= {"seconds": {"naive": spread([a for a, _ in times]), "ours": spread([b for _, b in times])}}
+        result[f"C={length}"] = told | {"naive / ours, time": spread([a / b for a, b in times])}
+        tools.show(f"training pass, naive / ours, C={length}", result[f"C={length}"]["naive / ours, time"])
 
-def against_trl(args, kind, folder, ours, theirs, rates):
-    """Runs of ours and of TRL in turns, by one model: ({side: what `rates` makes of the two}, both results at last)."""
-    same, found = ("--model", folder / "model"), {"ours": [], "trl": []}
+def against_trl(args, kind, folder, ours, theirs, values_of):
+    """Runs of ours and of TRL in turns, by one model: TRL's last result, with what `values_of` makes of both, each."""
+    values, same = {"ours": [], "trl": []}, ("--model", folder / "model", "--data", folder / "rows.jsonl")
     for part in tools.build_model(args.geometry):
         part.save_pretrained(folder / "model")
     for turn in range(args.step_rounds):
         out, trl = folder / f"run{turn}", folder / "trl.json"
         tools.run(sys.executable, *ours, *same, "--output_dir", out, "--save_steps", 0)
         tools.run(args.trl_python, "tests/trl_baseline.py", kind, *same, *theirs, "--out", trl)
-        both = tools.read_rows(out / "metrics.jsonl"), json.loads(trl.read_text())
-        for side, value in zip(found, rates(*both), strict=True):
-            found[side].append(value)
-    return found, *both
+        rows, trl = tools.read_rows(out / "metrics.jsonl"), json.loads(trl.read_text())
+        for side, value in zip(values, values_of(rows, trl), strict=True):
+            values[side].append(value)
+    trl |= {"ours / trl": spread([a / b for a, b in zip(values["ours"], values["trl"], strict=True)])}
+    tools.show(f"ours / TRL {trl['versions']['trl']}", trl["ours / trl"])
+    return trl | {side: spread(v) for side, v in values.items()} | {"our peak_rss_mb": rows[-1]["mem_gib"] * 1024}
 
-def compare_steps(args, result):
+def compare_steps(args, folder, result):
     """Whole steps: rollout, reward, training pass, update; the first step of every process is warm-up."""
     length, steps, G = args.completion_lengths[0], 4, args.num_generations
-    same = ("--num_generations", G, "--max_completion_length", length)
+    same, tokenizer = ("--num_generations", G, "--max_completion_length", length), tools.build_model("tiny")[1]
+    with open(folder / "rows.jsonl", "w") as f:
+        for i, photo in enumerate(tools.write_photos(folder, args.prompts)):
+            text = tools.prompt_text(tokenizer, 80 + 5 * i)
+            row = {"image": photo, "question": text, "answer": "(1,1),(9,9)", "text": text + g.R1_SUFFIX}
+            f.write(json.dumps(row) + "\n")
 
-    def step_seconds(ours, trl):
+    def steps_per_second(ours, trl):
         assert {m["completions/mean_length"] for m in ours} == {length}
-        assert set(trl["completion_tokens"]) == {args.prompts * G * length}
-        return [sum(x[1:]) / (steps - 1) for x in ([m["step_time"] for m in ours], trl["step_seconds"])]
+        assert {*trl["tokens"]} == {args.prompts * G * length}
+        return [(steps - 1) / sum(x[1:]) for x in ([m["step_time"] for m in ours], trl["step_seconds"])]
 
-    with tempfile.TemporaryDirectory() as folder:
-        rows, tokenizer = Path(folder, "rows.jsonl"), tools.build_model("tiny")[1]
-        with open(rows, "w") as f:
-            for i, photo in enumerate(tools.write_photos(folder, args.prompts)):
-                text = tools.prompt_text(tokenizer, 80 + 5 * i)
-                row = {"image": photo, "question": text, "answer": "(1,1),(9,9)", "text": text + g.R1_SUFFIX}
-                f.write(json.dumps(row) + "\n")
-        ours = ("-c", ENDLESS, *same, "--data", rows, "--train_batch_size", args.prompts, "--reward_funcs", "random")
-        theirs = (*same, "--prompts", rows, "--steps", steps)
-        seconds, ours, trl = against_trl(args, "grpo", Path(folder), (*ours, "--max_steps", steps), theirs, step_seconds)
-    ratios = spread([a / b for a, b in zip(seconds["trl"], seconds["ours"], strict=True)])
-    peaks = {"ours": ours[-1]["mem_gib"] * 1024, "trl": trl["peak_rss_mb"]}
-    name = f"step, {args.prompts} prompts x {G}, C={length}"
-    result[name] = {"trl / ours, time": ratios, "seconds": {s: spread(v) for s, v in seconds.items()},
-                    "trl": trl["versions"], "process peak_mb": peaks, "our last step": ours[-1]}  # fmt: skip
-    tools.show(f"{name}, TRL {trl['versions']['trl']} / ours", ratios)
+    ours = ("-c", ENDLESS, *same, "--train_batch_size", args.prompts, "--reward_funcs", "random", "--max_steps", steps)
+    result["steps/s"] = against_trl(args, "grpo", folder, ours, (*same, "--steps", steps), steps_per_second)
 
 def main():
-    p = tools.parser(__doc__, "grpo")
-    p.add_argument("--completion_lengths", type=int, nargs="+", default=[64, 256])
-    p.add_argument("--num_generations", type=int, default=8)
+    p = parser(__doc__, "grpo")
     p.add_argument("--freeze_vision", action="store_true", help="in the training pass")
-    p.add_argument("--prompts", type=int, default=2, help="of a whole step")
+    p.set_defaults(prompts=2)
     args = p.parse_args()
     compare_passes(args, result := {"args": vars(args)})
     if args.trl_python:
-        compare_steps(args, result)
+        with tempfile.TemporaryDirectory() as folder:
+            compare_steps(args, Path(folder), result)
     tools.write_result(args.out, result)
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import bench_tools as tools
 import torch
-from bench_grpo import against_trl
+from bench_grpo import against_trl, gradient_gap
 from bench_tools import spread
 
 import train_sft as t
@@ -33,16 +33,13 @@ def make_rows(folder, tokenizer, count):
 
 def padded_loss(model, items, pad_id):
     """Cross-entropy, summed over the completions of a right-padded batch, by transformers' own forward pass."""
-    rows = [x["prompt_ids"] + x["completion_ids"] for x in items]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
-    labels = torch.full_like(ids, -100)
-    for i, x in enumerate(items):
-        labels[i, len(x["prompt_ids"]) : x["num_tokens"]] = torch.tensor(x["completion_ids"])
-    mask = torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+    rows = [torch.tensor(x["prompt_ids"] + x["completion_ids"]) for x in items]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    at, ends = torch.arange(ids.shape[1]), torch.tensor([[x["num_tokens"]] for x in items])
+    labels = ids.where((at < ends) & (at >= torch.tensor([[len(x["prompt_ids"])] for x in items])), -100)
     images = {key: torch.cat([x[key] for x in items]) for key in ("pixel_values", "image_grid_thw")}
-    kinds = (ids == model.config.image_token_id).int()
-    logits = model(input_ids=ids, attention_mask=mask.long(), mm_token_type_ids=kinds, use_cache=False, **images).logits
+    images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    logits = model(input_ids=ids, attention_mask=(at < ends).long(), use_cache=False, **images).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 def compare_passes(args, folder, result):
@@ -64,32 +61,26 @@ def compare_passes(args, folder, result):
             (-scorer(t.pack_sequences(batch, "cpu")).sum()).backward()
 
     plain_epoch(), packed_epoch()
-    pairs = zip(padded.parameters(), packed.parameters(), strict=True)
-    gap = max(((a.grad - b.grad).abs().max() / a.grad.abs().max()).item() for a, b in pairs if a.grad is not None)
-    tokens = sum(x["num_tokens"] for x in items)
+    result["gradient difference, relative"] = gap = gradient_gap(padded, packed)
     times = [(tools.seconds_of(plain_epoch), tools.seconds_of(packed_epoch)) for _ in range(args.rounds)]
-    result["padded / ours, time"] = spread([a / b for a, b in times])
+    tokens, ratio = sum(x["num_tokens"] for x in items), spread([a / b for a, b in times])
     result["tokens/s"] = {side: spread([tokens / x[i] for x in times]) for i, side in enumerate(("padded", "ours"))}
-    result["gradient difference, relative"] = gap
-    tools.show("forward and backward, padded / ours", result["padded / ours, time"])
+    result["padded / ours, time"] = ratio
+    tools.show("forward and backward, padded / ours", ratio)
     print(f"  gradients differ by {gap:.1e} relative")
 
 def compare_trainers(args, folder, result):
     """Rates over the second of two epochs; the first is warm-up."""
-    epoch, rows, batch = args.rows // args.batch_size, folder / "rows.jsonl", args.batch_size
+    epoch = args.rows // args.batch_size
 
     def tokens_per_second(ours, trl):
         tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours[epoch:])
-        theirs = sum(trl["tokens"][epoch : 2 * epoch]) / sum(trl["step_seconds"][epoch:])
+        theirs = sum(trl["tokens"][epoch:]) / sum(trl["step_seconds"][epoch:])
         return tokens / sum(m["step_time"] for m in ours[epoch:]), theirs
 
-    ours = ("train_sft.py", "--data", rows, "--train_batch_size", batch, "--max_steps", 2 * epoch)
-    theirs = ("--rows", rows, "--batch_size", batch, "--steps", 2 * epoch)
-    rates, _, trl = against_trl(args, "sft", folder, ours, theirs, tokens_per_second)
-    ratio = result["ours / trl, tokens/s"] = spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)])
-    result["trainer tokens/s"] = {side: spread(values) for side, values in rates.items()}
-    result["trl"], result["trl_peak_mb"] = trl["versions"], trl["peak_rss_mb"]
-    tools.show(f"whole steps, ours / TRL {trl['versions']['trl']}, tokens/s", ratio)
+    ours = ("train_sft.py", "--train_batch_size", args.batch_size, "--max_steps", 2 * epoch)
+    theirs = ("--batch_size", args.batch_size, "--steps", 2 * epoch)
+    result["trainers, tokens/s"] = against_trl(args, "sft", folder, ours, theirs, tokens_per_second)
 
 def main():
     p = tools.parser(__doc__, "sft")

@@ -1,5 +1,6 @@
 """Fixtures: the toy world, samples of it, tiny random models, and the trainers' runs that several files look at."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -142,6 +143,8 @@ def parts(request, family_dirs, synth_dir):
         for m in (model, plain_model):
             m.model.language_model.norm.weight.mul_(3)
     samples = g.read_samples([synth_dir / "samples.jsonl"])[0][:5]
+    g.load_image(samples[1]["image"]).resize((96, 130)).save(png := io.BytesIO(), "PNG")
+    samples[1]["image"] = png.getvalue()  # a smaller one among them
     prompts = [s | g.chat_inputs(processors, s["image"], s["question"] + " please" * i) for i, s in enumerate(samples)]
     banned = [i for token, i in processors[0].get_vocab().items() if re.search("vision|image|video", token)]
     return SimpleNamespace(model=model, plain_model=plain_model, processors=processors, prompts=prompts,

@@ -224,7 +224,7 @@ def step(folder, name):
             part.save_pretrained(folder / "model")
         (folder / "trl.jsonl").write_text(json.dumps({"image": prompts[0]["id"], "text": " red" * WORDS}))
         flags = ("--num_generations", G, "--max_completion_length", C, "--steps", 2, "--out", folder / "trl.json")
-        run("tests/trl_baseline.py", "grpo", "--model", folder / "model", "--prompts", folder / "trl.jsonl", *flags)
+        run("tests/trl_baseline.py", "grpo", "--model", folder / "model", "--data", folder / "trl.jsonl", *flags)
         measured = {"s": B * json.loads((folder / "trl.json").read_text())["step_seconds"][-1]}
         yield f"{name}, C = {C}, TRL, {B} x one prompt", measured, "", None
 
