@@ -58,7 +58,6 @@ def training_pass(side, args, length):
     weights = torch.randn(G, generator=generator)[:, None].to(device)
     group = inputs | {"completions": [g.Completion(c, None, False) for c in ids]}
     scorer = g.CompletionLogProbs(g.packable(model)) if side == "ours" else None
-
     def call():
         model.zero_grad()
         if side == "naive":
@@ -67,7 +66,6 @@ def training_pass(side, args, length):
             logps = scorer(g.pack_groups([group], device)).view(G, length)
         (logps * weights).sum().backward()
         return logps.detach()
-
     call.model = model
     return call
 
@@ -108,12 +106,10 @@ def compare_steps(args, folder, result):
             text = tools.prompt_text(tokenizer, 80 + 5 * i)
             row = {"image": photo, "question": text, "answer": "(1,1),(9,9)", "text": text + g.R1_SUFFIX}
             f.write(json.dumps(row) + "\n")
-
     def steps_per_second(ours, trl):
         assert {m["completions/mean_length"] for m in ours} == {length}
         assert {*trl["tokens"]} == {args.prompts * G * length}
         return [(steps - 1) / sum(x[1:]) for x in ([m["step_time"] for m in ours], trl["step_seconds"])]
-
     ours = ("-c", ENDLESS, *same, "--train_batch_size", args.prompts, "--reward_funcs", "random", "--max_steps", steps)
     result["steps/s"] = against_trl(args, "grpo", folder, ours, (*same, "--steps", steps), steps_per_second)
 

@@ -22,15 +22,12 @@ def main():
     g.packable(model)
     g.STOP = []  # every completion has C tokens, on all sides
     prompts, G, result = photo_prompts(processors, args.prompts), args.num_generations, {"args": vars(args)}
-
     def ours(prompts, C):
         seeds = [[f"{i}:{j}" for j in range(G)] for i in range(len(prompts))]
         return [[ids for ids, _, _ in x] for x in g.rollout(model, processors[0], prompts, seeds, C, 1.0)]
-
     def batched(prompts, C, count=G):
         draw = dict(max_new_tokens=C, min_new_tokens=C, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         return [plain.generate(plain_model, x, **draw, num_return_sequences=count) for x in prompts]
-
     for C, some in ((C, some) for C in args.completion_lengths for some in (prompts[:1], prompts)):
         sides = {"ours": partial(ours, some, C), "batched": partial(batched, some, C)}
         sides |= {} if some is prompts else {"sequential": partial(batched, some * G, C, 1)}

@@ -51,15 +51,12 @@ def compare_passes(args, folder, result):
     how = SimpleNamespace(target="cot", prompt_suffix=None)
     items = [t.encode(processors, how, s) for s in t.read_samples([folder / "rows.jsonl"])[0]]
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-
     def plain_epoch():
         for batch in batches:
             padded_loss(padded, batch, tokenizer.pad_token_id).backward()
-
     def packed_epoch():
         for batch in batches:
             (-scorer(t.pack_sequences(batch, "cpu")).sum()).backward()
-
     plain_epoch(), packed_epoch()
     result["gradient difference, relative"] = gap = gradient_gap(padded, packed)
     times = [(tools.seconds_of(plain_epoch), tools.seconds_of(packed_epoch)) for _ in range(args.rounds)]
@@ -72,12 +69,10 @@ def compare_passes(args, folder, result):
 def compare_trainers(args, folder, result):
     """Rates over the second of two epochs; the first is warm-up."""
     epoch = args.rows // args.batch_size
-
     def tokens_per_second(ours, trl):
         tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours[epoch:])
         theirs = sum(trl["tokens"][epoch:]) / sum(trl["step_seconds"][epoch:])
         return tokens / sum(m["step_time"] for m in ours[epoch:]), theirs
-
     ours = ("train_sft.py", "--train_batch_size", args.batch_size, "--max_steps", 2 * epoch)
     theirs = ("--batch_size", args.batch_size, "--steps", 2 * epoch)
     result["trainers, tokens/s"] = against_trl(args, "sft", folder, ours, theirs, tokens_per_second)

@@ -26,8 +26,7 @@ import pytest  # noqa: E402
 TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["transformers.models.qwen2_vl.modeling_qwen2_vl", "transformers.models.auto.modeling_auto",
-                             "deepspeed.runtime.zero.muon.original_muon", "torch.nn.attention.varlen",
-                             "PIL.Image", "pyarrow.parquet"])  # fmt: skip
+    "deepspeed.runtime.zero.muon.original_muon", "torch.nn.attention.varlen", "PIL.Image", "pyarrow.parquet"])
 
 def child(command, env, log):
     """Runs a script as `python script ...` would, in a process that has the slow imports behind it."""
@@ -95,7 +94,6 @@ def build_tiny(family, seed=0):
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     torch.manual_seed(seed)
     model = make_toy.build_model(make_toy.TOKENIZER, hidden=64, layers=2, vision=48, depth=1, key_heads=2)
     if family == "qwen2_vl":
@@ -135,7 +133,6 @@ def parts(request, family_dirs, synth_dir):
     from transformers import AutoModelForImageTextToText
 
     import train_grpo as g
-
     folder = str(family_dirs[request.param])
     model, processors = g.load_model(folder, "float32", torch.device("cpu")), g.load_processors(folder, 401408)
     plain_model = AutoModelForImageTextToText.from_pretrained(folder).eval()

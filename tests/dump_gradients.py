@@ -1,8 +1,7 @@
 """A trainer that leaves the gradients of its first update in a file: dump_gradients.py train_sft OUT.pt --model ...
 
-Whole ones, gathered over the ranks: what DeepSpeed is about to clip and to give to the optimizer. A run that goes on
-leaves the file as it is. TERM_AT=N (environment) sends SIGTERM to the last rank when step N is logged,
-KILL_AT=checkpoint-N SIGKILL while that is written. Two more rewards, which a random model can earn:
+Whole ones, of all ranks, before they are clipped. TERM_AT=N (environment) sends SIGTERM to the last rank when step N is
+logged, KILL_AT=checkpoint-N SIGKILL while that is written. Two more rewards, which a random model can earn:
 
 letters  the share of letters; not a number after NAN_AFTER (environment) completions
 some     0, 0.5 and 1 in turns on every second row, so that one of three has no advantage; else 0
@@ -32,14 +31,12 @@ def some(c, prompt, args):
 def start_dumping_engine(scorer, args):
     engine = start_engine(scorer, args)
     step = engine.step
-
     def dump_and_step():
         gradients = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
-        if engine.global_rank == 0 and not os.path.exists(out):
+        if engine.global_rank == 0 and not os.path.exists(out):  # else the run goes on
             torch.save(gradients, out)
         engine.step = step
         step()
-
     engine.step = dump_and_step
     return engine
 

@@ -22,26 +22,9 @@ def test_each_family_writes_boxes_its_own_way():
     json_ = form.format("(10,20),(300,400)", "[510, 20, 900, 999]")
     assert [t.model_text(ROW, t.BOX_STYLES[f], grids[f]) for f in FAMILIES] == [ROW, pixels, json_]
     edge = t.model_text(t.ANSWER.format("A", 999, 999, 1000, 1000), t.BOX_STYLES["qwen2_5_vl"], (28, 28))
-    assert '"bbox_2d": [27, 27, 28, 28]' in edge, "a thin box at the edge stays a box within the image"
+    assert "[27, 27, 28, 28]" in edge, "a thin box at the edge stays a box within the image"
     question = "Find <|object_ref_start|>A<|object_ref_end|>"
     assert [t.model_text(question, t.BOX_STYLES[f], (280, 140)) for f in FAMILIES] == [question, "Find A", "Find A"]
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_boxes_survive_the_round_trip_through_the_familys_coordinates(family):
-    """What the model is taught is parsed to the box of the row: to half a pixel where it counts in pixels, else
-    exactly. And a box that the model wrote is the same box in its own coordinates after a trip through a row."""
-    style, row = t.BOX_STYLES[family], "<think>x</think> <answer>" + t.ANSWER + "</answer>"
-    grid, generator = (616, 644) if style.pixels else (1000, 1000), torch.Generator().manual_seed(0)
-    for _ in range(300):
-        x, y = (sorted(torch.randperm(1001, generator=generator)[:2].tolist()) for _ in range(2))
-        if style.pixels and min(x[1] - x[0], y[1] - y[0]) < 2:
-            continue  # less than a pixel becomes one
-        text = t.model_text(row.format("A", *(box := (x[0], y[0], x[1], y[1]))), style, grid)
-        read = g.parse_bbox(text, grid=grid)
-        slack = [500 / n + 1e-9 if style.pixels else 0 for n in grid * 2]
-        assert all(abs(a - b) <= d for a, b, d in zip(read, box, slack, strict=True))
-        assert t.model_text(row.format("A", *map(round, read)), style, grid) == text
-    assert g.parse_bbox(f"<answer>(1,2),({grid[0]},{grid[1]})</answer>", grid=grid)[2:] == [1000, 1000]
 
 def test_prompts_are_in_the_familys_words_and_coordinates(parts):
     (tokenizer, processor, style), p = parts.processors, parts.prompts[0]

@@ -4,7 +4,6 @@ Rules of the table: iou, binary and dense_iou look at nothing but the one box of
 pays 0.5 for the blocks and 0.5 for the notation, right or not: it keeps answers readable, and never pays for a box.
 """
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,6 @@ ATTACKS = {
     # no single box: which of them is meant is for the model to say; the blocks are in order
     "two boxes, the right one last": (answered(f"{WRONG} {BOX}"), 0, 0, 0.5),
     "a hundred boxes": (answered(" ".join(f"({i},{i}),({i + 400},{i + 400})" for i in range(100))), 0, 0, 0.5),
-    "another box in a comment": (answered(f"<!-- {WRONG} -->{BOX}"), 0, 0, 0.5),
     # what stands in a name is never read as a box, and does not make another notation the family's own
     "box in the name alone": (answered(NAME.format(f"Lo {RIGHT}")), 0, 0, 0.5),
     "right box in the name, wrong one behind it": (answered(NAME.format(RIGHT) + WRONG), 0, 0, 1),
@@ -39,24 +37,18 @@ ATTACKS = {
     "swapped corners": (answered("(500,500),(100,100)"), 0, 0, 0.5),
     # numbers that are none on the grid
     "just beyond the grid": (answered("(0,0),(1001,1000)"), 0, 0, 0.5),
-    "Arabic digits": (answered("(١٠٠,١٠٠),(٥٠٠,٥٠٠)"), 0, 0, 0.5),
     # no box in the answer
-    "empty answer": (answered(""), 0, 0, 0.5),
-    "the prompt's tags again": (answered("<think> </think> and <answer> </answer> tags."), 0, 0, 0),
     "box in the reasoning alone": (f"<think>\n{BOX}\n</think> <answer>see above</answer>", 0, 0, 0.5),
     # blocks: not one closed answer outside of the reasoning
-    "no answer block": (f"<think>\n{BOX}\n</think>", 0, 0, 0),
     "answer cut off": (f"<think>\nLo\n</think> <answer>{BOX}", 0, 0, 0),
     "answer inside think": (f"<think>\n<answer>{BOX}</answer>\n</think>", 0, 0, 0),
     "think never closed": (f"<think>\nLo <answer>{BOX}</answer>", 0, 0, 0),
     "answers inside think and after": (f"<think>\n<answer>{BOX}</answer>\n</think> <answer>{WRONG}</answer>", 0, 0, 0),
     "two answers": (answered(BOX) + f"<answer>{WRONG}</answer>", 0, 0, 0),
     "answer closed twice": (answered(BOX) + "</answer>", 0, 0, 0),
-    "zero-width space in a tag": (answered(BOX).replace("<answer>", "<ans\u200bwer>"), 0, 0, 0),
     # blocks: the box counts, it is the one of the one answer; the half of the format for the blocks does not
     "empty think": (f"<think></think> <answer>{BOX}</answer>", 1, 1, 0.5),
     "think of zero-width spaces": (f"<think>\u200b\u200b</think> <answer>{BOX}</answer>", 1, 1, 0.5),
-    "think of dots": (f"<think>......</think> <answer>{BOX}</answer>", 1, 1, 0.5),
     "no think": (f"<answer>{BOX}</answer>", 1, 1, 0.5),
     "two thinks": (f"<think>a</think><think>b</think> <answer>{BOX}</answer>", 1, 1, 0.5),
     "words before": ("Sure! " + answered(BOX), 1, 1, 0.5),
@@ -66,7 +58,6 @@ ATTACKS = {
     "the same box twice": (answered(f"{BOX} {BOX}"), 1, 1, 1),
     "the same box in two notations": (answered(f"{BOX} [100, 100, 500, 500]"), 1, 1, 1),
     "decimals": (answered("(100.0,100.0),(500.0,500.0)"), 1, 1, 0.5),
-    "compact list": (answered("[100,100,500,500]"), 1, 1, 0.5),
     "JSON": (answered('```json\n[{"bbox_2d": [100, 100, 500, 500], "score": 0.97, "size": [1, 2]}]\n```'), 1, 1, 0.5),
     # above the threshold it is the IoU, just below it is nothing
     "a little off": (answered("(100,100),(500,480)"), 0.95, 0.95, 1),
@@ -79,24 +70,14 @@ def paid(text, prompt=SAMPLE, args=ARGS):
     c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
     return {name: g.REWARD_FUNCS[name](c, prompt, args) for name in ("iou", "binary", "dense_iou", "format")}
 
-def released(text):
-    """What the released code pays, as it is described: R_iou (IoU above 0.8 of the last box in the first <answer>) +
-    R_format (0.5 if a think and an answer block stand at the start; its other half cannot be reached)."""
-    answer = re.search("<answer>(.*?)</answer>", text, re.S)
-    boxes = re.findall(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", answer[1], re.A) if answer else []
-    iou = g.box_iou([int(v) for v in boxes[-1]], SAMPLE["bbox_1000"]) if boxes else 0.0
-    return iou * (iou > 0.8) + 0.5 * bool(re.match(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.S))
-
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_paid_what_the_table_says(name):
     text, iou, dense, form = ATTACKS[name]
     assert [*paid(text).values()] == pytest.approx([iou, float(iou > 0), dense, form])
 
-def test_no_attack_earns_more_than_the_honest_answer_and_hedges_earn_less():
+def test_no_attack_earns_more_than_the_honest_answer():
     ours = {name: paid(text)["iou"] + paid(text)["format"] for name, (text, *_) in ATTACKS.items()}
     assert max(ours.values()) == ours["honest"] == 2
-    overpaid = [name for name, (text, *_) in ATTACKS.items() if released(text) == 1.5 and ours[name] < 2]
-    assert len(overpaid) >= 12, "what the released reward paid in full and ours does not"
 
 JSON = {"bbox_1000": [100, 100, 500, 500], "grid": (280, 140), "style": g.BOX_STYLES["qwen2_5_vl"]}
 

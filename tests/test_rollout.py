@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import plain
 import pytest
@@ -72,7 +71,6 @@ def test_sampling_follows_the_distribution(parts):
 # ---- attention ----
 class OnCuda(torch.Tensor):
     """float64 stands for bfloat16: what the code asks a tensor before it calls the CUDA kernel."""
-
     is_cuda = True
 
 def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):

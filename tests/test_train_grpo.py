@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import plain
@@ -41,11 +42,9 @@ def test_advantages():
 def rolled(parts, alone):
     """Rolled out and scored; then cut, so that completions have different length, with advantages of both signs."""
     seen = []
-
     def drawn(c, prompt, args):
         seen.append((prompt["id"], c.ids, c.text))
         return len(seen) * 0.7 % 1
-
     g.REWARD_FUNCS["drawn"] = drawn
     engine = SimpleNamespace(module=SimpleNamespace(model=parts.model, parameters=lambda: ()), optimizer=None)
     groups, args = [dict(p) for p in parts.prompts], arguments(reward_funcs=["drawn"], reward_weights=[2.0])
@@ -87,8 +86,7 @@ def test_a_packed_row_equals_plain_rows(which, parts, groups):
     groups = groups[2:3] if which == "one prompt" else groups
     model, frozen = copy.deepcopy(parts.model), which == "frozen"
     if which == "checkpointing":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     scorer = g.CompletionLogProbs(model, parts.banned, 0.7, 7 * len(parts.tokenizer) if which == "chunks" else 2**26)
     row = g.pack_groups(groups, "cpu", frozen)
     if frozen:  # the rollout's features: the tower does not run again, and gets no gradient
@@ -136,20 +134,17 @@ def test_the_loss_of_a_step_is_the_plain_one_however_it_is_split_into_rows(loss_
     once, _ = g.row_loss(engine, None, groups, 15, num_tokens, arguments(num_iterations=1, beta=0))
     assert abs(once.item() - sum(-c.advantage / 15 for c in cs)) < 1e-6, "with one update the ratio is exactly 1"
 
-def test_prompt_and_image_go_through_the_model_once(parts, groups):
+def test_prompt_and_image_go_through_the_model_once(parts, groups, monkeypatch):
     """Patches seen by the vision tower and tokens seen by the decoder: not one pass per completion."""
-    model, tokens, patches, every = parts.model, [], [], [dict(p) for p in parts.prompts]
-    hooks = [model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0]))),
-             model.model.language_model.register_forward_pre_hook(
-                 lambda _, x, given: tokens.append(given["inputs_embeds"].shape[:2].numel()), with_kwargs=True)]
+    model, tokens, patches, every = copy.deepcopy(parts.model), [], [], [dict(p) for p in parts.prompts]
+    model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0])))
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: tokens.append(x[0].numel()))
     g.rollout(model, parts.tokenizer, every, [["a", "b"]] * 5, 1, 1.0)
     for frozen in (False, True):
         g.CompletionLogProbs(model)(g.pack_groups(groups, "cpu", frozen))
     assert patches == [sum(len(p["pixel_values"]) for p in every)] * 2, "in the rollout, and unless frozen in the row"
     row = sum(len(x["prompt_ids"]) + sum(len(c.ids) for c in x["completions"]) for x in groups)
     assert tokens == [sum(len(p["prompt_ids"]) for p in every), 10, row, row]
-    for hook in hooks:
-        hook.remove()
 
 # ---- rows, order, rate ----
 def test_rows_are_filled_up_to_the_budget(alone):
@@ -160,74 +155,47 @@ def test_rows_are_filled_up_to_the_budget(alone):
         assert all(sum(x["num_tokens"] for x in row) <= budget or len(row) == 1 for row in rows)
     assert g.fill_rows([], 9, "cpu") == [[]]
 
-def test_every_epoch_is_another_order_of_all_samples_on_any_number_of_ranks(monkeypatch):
-    def drawn(first=1, last=6, ranks=1):
-        steps = {}
-        monkeypatch.setattr(g.dist, "get_world_size", lambda: ranks)
-        for rank in range(ranks):
-            monkeypatch.setattr(g.dist, "get_rank", lambda rank=rank: rank)
-            for step, read, _ in g.draw_steps([*range(10)], str, first, last, arguments(train_batch_size=4)):
-                steps.setdefault(step, [None] * 4)[rank::ranks] = read
-        return steps
-
-    steps = drawn()
-    order = [int(x) for read in steps.values() for x in read]
+def test_every_epoch_is_another_order_of_all_samples(alone):
+    steps = g.draw_steps([*range(10)], int, 1, 6, arguments(train_batch_size=4))
+    order = [x for _, read, _ in steps for x in read]
     assert sorted(order[:10]) == sorted(order[10:20]) == [*range(10)] != order[:10] != order[10:20]
-    assert drawn(ranks=2) == steps and drawn(first=4) == {i: steps[i] for i in (4, 5, 6)}
 
 def test_learning_rates():
     engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}]))
-
     def rates(scheduler, warmup):
         args = arguments(learning_rate=2.0, lr_scheduler=scheduler, warmup_ratio=warmup)
         for update in range(8):
             g.set_learning_rate(engine, update, 8, args)
             yield engine.optimizer.param_groups[0]["lr"]
-
     assert [*rates("constant", 0)] == [2.0] * 8 and [*rates("linear", 0)] == [2 - i / 4 for i in range(8)]
     assert [*rates("cosine", 0.2)] == pytest.approx([1, 2, *(1 + math.cos(math.pi * i / 6) for i in range(6))])
 
-@pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
-def test_the_engine_is_told_what_the_flags_say(parts, alone, monkeypatch, tmp_path):
+def test_the_engine_is_told_what_the_flags_say(tiny_dir, alone, monkeypatch, tmp_path):
     monkeypatch.setattr(g.deepspeed, "initialize", lambda **given: [given])
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
-
-    def told(dtype=torch.float32, **flags):
-        args = arguments(weight_decay=0.1, **flags)
-        given = g.start_engine(g.CompletionLogProbs(copy.deepcopy(parts.model).to(dtype)), args)
+    def told(dtype="float32", **flags):
+        model = g.load_model(tiny_dir, dtype, torch.device("cpu"))
+        given = g.start_engine(g.CompletionLogProbs(model), arguments(weight_decay=0.1, **flags))
         (group,), config = given["optimizer"].param_groups, given["config"]
-        trained = [p for name, p in given["model"].named_parameters() if not (args.freeze_vision and "visual" in name)]
-        assert group["weight_decay"] == 0.1 and [*map(id, group["params"])] == [*map(id, trained)]
-        return config["zero_optimization"]["stage"], config["gradient_clipping"], config["bf16"]["enabled"]
-
-    assert told() == (2, 1.0, False) and told(zero_stage=3, max_grad_norm=0.5) == (3, 0.5, False)
-    assert told(torch.bfloat16, deepspeed=str(tmp_path / "ds.json"), freeze_vision=True) == (1, 1.0, True)
-
-def test_prompts_too_long_and_bad_rows_are_counted_never_cut(alone):
-    samples = [{"id": i, "length": n} for i, n in enumerate((5, 9, 7, None, 10))]
-    length = lambda s: s["length"] + 0  # noqa: E731  raises TypeError for None
-    kept, *totals = g.usable(samples, ["x.jsonl:3 (x): no box"], length, 9, arguments(max_bad_rows=2))
-    assert [s["length"] for s in kept] == [5, 9, 7] and totals == [4, 2]
-    assert g.usable(samples, [], length, 9, arguments(max_bad_rows=1, max_steps=5))[1:] == (10, 5)
-    for most, allowed in ((9, 0), (4, 1)):
-        with pytest.raises(g.InputError, match=f"1 bad rows, {3 * (most > 4)} of use.*--max_bad_rows {allowed}"):
-            g.usable(samples, [], length, most, arguments(max_bad_rows=allowed))
+        seen = any(p.requires_grad for p in model.model.visual.parameters())
+        assert group["weight_decay"] == 0.1 and len(group["params"]) == sum(p.requires_grad for p in model.parameters())
+        return config["zero_optimization"]["stage"], config["gradient_clipping"], config["bf16"]["enabled"], seen
+    assert told() == (2, 1.0, False, True) and told(zero_stage=3, max_grad_norm=0.5) == (3, 0.5, False, True)
+    assert told("bfloat16", deepspeed=str(tmp_path / "ds.json"), freeze_vision=True) == (1, 1.0, True, False)
 
 def test_all_formats_are_read_as_the_same_sample(synth_dir, tmp_path):
     row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
     image, (ours, *_) = synth_dir / row["images"][0], g.read_samples([synth_dir / "samples.jsonl"])[0]
-    box, said = row["entities"][row["target"]]["bbox_px"], f"<think>so</think> <answer> {row['answer']} </answer>"
+    target, said = row["entities"][row["target"]], f"<think>so</think> <answer> {row['answer']} </answer>"
     released = {"problem": row["question"], "solution": said, "image": {"bytes": image.read_bytes()}}
-    pq.write_table(pa.Table.from_pylist([released] * 2), tmp_path / "grpo.parquet")
-    own = {"image": str(image), "question": row["question"], "bbox_px": box}
-    phrase = {"images": [image.name], "phrase": row["entities"][row["target"]]["entity"], "bbox_px": box}
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (own, phrase)))
+    own = {"images": [str(image)], "phrase": target["entity"], "bbox_px": target["bbox_px"]}
     turns = {"user": f"<image>{row['question']}{g.R1_SUFFIX}", "assistant": said}
-    messages = [{"role": role, "content": text} for role, text in turns.items()]
-    (tmp_path / "share.json").write_text(json.dumps([{"messages": messages, "images": [str(image)]}]))
-    read = [*g.read_samples([tmp_path / "grpo.parquet"])[0], *g.read_samples([tmp_path / "own.jsonl"], image.parent)[0],
-            *g.read_samples([tmp_path / "share.json"])[0]]  # fmt: skip
-    assert [s["id"] for s in read] == ["1", "2", "1", "2", "1"], "the line, where a row has no id"
+    share = {"images": [str(image)], "messages": [{"role": k, "content": text} for k, text in turns.items()]}
+    pq.write_table(pa.Table.from_pylist([released] * 2), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps(own))
+    (tmp_path / "c.json").write_text(json.dumps([share]))
+    read = [s for path in sorted(tmp_path.iterdir()) for s in g.read_samples([path])[0]]
+    assert [s["id"] for s in read] == ["1", "2", "1", "1"], "the line, where a row has no id"
     assert (read[-1]["completion"], read[-1]["suffix"], read[0]["suffix"]) == (said, g.R1_SUFFIX, "")
     for s in read:
         assert all(s[key] == ours[key] for key in ("question", "answer", "entity"))
@@ -237,7 +205,7 @@ def test_all_formats_are_read_as_the_same_sample(synth_dir, tmp_path):
 # ---- runs ----
 def test_a_run_writes_what_is_said_and_its_export_loads_in_plain_transformers(runs):
     out, metrics = runs["train_grpo"], metrics_of(runs["train_grpo"])
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and all(m["grad_norm"] > 0 for m in metrics)
+    assert all(m["grad_norm"] > 0 for m in metrics)
     assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3 * (1 - i / 8) for i in (1, 3, 5, 7)])
     assert all(m["sampling/logp_diff"] < 1e-5 and m["clip_ratio/region_mean"] >= 0 and m["kl"] > 0 for m in metrics)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -258,28 +226,23 @@ def test_reward_rises(tiny_dir, synth_dir, tmp_path):
     train("train_grpo", tmp_path / "run", tiny_dir, synth_dir / "samples.jsonl", *flags, "--save_steps", 0)
     rewards = [m["reward"] for m in metrics_of(tmp_path / "run")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
-    assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
 def test_a_script_copied_alone_trains_on_own_rows_and_says_what_changed(tiny_dir, synth_dir, tmp_path):
     """In an empty folder, without ds_config.json; a bad row is skipped if it may be; then with other flags and code."""
     assert json.loads(g.DS_CONFIG) == json.loads((ROOT / "ds_config.json").read_text())
     script, out = shutil.copy(ROOT / "train_grpo.py", tmp_path), tmp_path / "run"
-    with open(tmp_path / "own.jsonl", "w") as f:
-        f.write('{"image": "no.png"}\n')
-        for r in map(json.loads, (synth_dir / "samples.jsonl").read_text().splitlines()):
-            box = r["entities"][r["target"]]["bbox_px"]
-            f.write(json.dumps({"image": r["images"][0], "question": r["question"], "bbox_px": box}) + "\n")
+    samples = [{"image": "no.png"}, *map(json.loads, (synth_dir / "samples.jsonl").open())]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in samples))
     flags = ("--model", tiny_dir, "--data", tmp_path / "own.jsonl", "--image_root", synth_dir, "--output_dir", out)
     flags += ("--train_batch_size", 2, "--num_generations", 2, "--max_completion_length", 4, "--save_steps", 1)
-    done = run_script(script, *flags, "--max_steps", 2, check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr and "own.jsonl:1 (None): " in done.stdout
+    done = run_script(script, *flags, check=False)
+    assert done.returncode == 1 and "own.jsonl:1 (None): " in done.stdout
     assert done.stderr.splitlines()[-1].startswith("train_grpo: 1 bad rows, 12 of use")
     flags += ("--max_bad_rows", 1, "--keep_checkpoints")
     run_script(script, *flags, "--max_steps", 2)
     assert [m["step"] for m in metrics_of(out)] == [1, 2] and (out / "checkpoint-1").exists()
     (out / "final").rename(tmp_path / "final")
-    with open(script, "a") as f:
-        f.write("# changed\n")
+    Path(script).write_text(Path(script).read_text() + "# changed\n")
     done = run_script(script, *flags, "--max_steps", 3, "--gradient_checkpointing")
     (said,) = (line for line in done.stdout.splitlines() if "goes on with other settings" in line)
     for name in ("'script': ", "'max_steps': '2 -> 3'", "'gradient_checkpointing': 'False -> True'"):

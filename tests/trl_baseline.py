@@ -4,11 +4,7 @@ runs in a virtual environment of its own: pip install torch==2.13.0 transformers
 reads   --data: {"image", "text"} a line, all of them in every step; for sft with "completion", in order
 writes  --out: versions, arguments, and per step its seconds and tokens; the first step is warm-up
 
-  python tests/trl_baseline.py grpo --model DIR --data prompts.jsonl --num_generations 8 --out result.json
-  python tests/trl_baseline.py sft --model DIR --data rows.jsonl --batch_size 8 --out result.json
-
-A step is timed from the end of the one before, so that reading its data is in. On a shared machine set
-OMP_WAIT_POLICY=PASSIVE: two threads that spin for a taken core have made a step 10 to 100 times longer.
+A step is timed from the end of the one before. On a shared machine set OMP_WAIT_POLICY=PASSIVE.
 """
 
 import argparse
@@ -34,7 +30,6 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noq
 
 class ImageTextProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor less its video processor, which needs torchvision; sub-processors are __init__'s names."""
-
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token = "<|image_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -52,21 +47,17 @@ def grpo_trainer(args, rows, model, processor, settings, tokens):
     settings["generation_kwargs"] = {"min_new_tokens": args.max_completion_length}  # the stop token is barred
     settings["per_device_train_batch_size"] = len(rows) * args.num_generations  # 1 generate call, 1 forward pass a step
     config, data, rng = trl.GRPOConfig(**settings), dataset(rows * args.steps), random.Random(0)
-
     def reward(completions, completion_ids, **kwargs):
         tokens.append(sum(map(len, completion_ids)))
         return [rng.random() for _ in completions]
-
     return trl.GRPOTrainer(model, reward, config, data, processing_class=processor)
 
 def sft_trainer(args, rows, model, processor, settings, tokens):
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-
     def collator(examples):
         batch = collate(examples)
         tokens.append(int(batch["attention_mask"].sum()))
         return batch
-
     settings |= {"per_device_train_batch_size": args.batch_size, "train_sampling_strategy": "sequential"}
     data = dataset(rows * -(-(args.steps + 1) * args.batch_size // len(rows)))  # the loader reads a batch ahead
     return trl.SFTTrainer(model, trl.SFTConfig(**settings, max_length=None), collator, data, processing_class=processor)
