@@ -101,7 +101,7 @@ def exit_code(folders, tests, changed):
 
 def main():
     rows, folders, survivors = [row for row in faults() if " ".join(sys.argv[1:]) in row[1]], queue.Queue(), []
-    rows = [(tests, f"no fault ({tests})", {}) for tests in sorted({row[0] for row in rows})] + rows
+    rows += [(tests, f"no fault ({tests})", {}) for tests in sorted({row[0] for row in rows})]  # which must pass
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         for i in "ab":
             left_out = shutil.ignore_patterns(".git", "runs", "__pycache__")
