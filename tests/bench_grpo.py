@@ -1,8 +1,7 @@
 """The GRPO training pass and step against the plain way and against TRL. By hand: python tests/bench_grpo.py
 
 pass   log-probs of G = 8 completions behind one prompt with a photo (>= 512 tokens), forward and backward: G rows, each
-       with its own prompt and image (naive, tests/plain.py), against one packed row (ours). Time in turns, largest
-       difference of log-probs and gradients, and peak memory, each in a process of its own.
+       with its own prompt and image (naive, tests/plain.py), against one packed row (ours), in turns.
 step   with --trl_python: whole steps of train_grpo.py and of TRL's GRPOTrainer (tests/trl_baseline.py): the same
        model, prompts and number of tokens, both with the vision tower trained, one process after the other.
 """
@@ -98,7 +97,6 @@ def against_trl(args, kind, folder, ours, theirs, values_of):
     return trl | {side: spread(v) for side, v in values.items()} | {"our peak_rss_mb": rows[-1]["mem_gib"] * 1024}
 
 def compare_steps(args, folder, result):
-    """Whole steps: rollout, reward, training pass, update; the first step of every process is warm-up."""
     length, steps, G = args.completion_lengths[0], 4, args.num_generations
     same, tokenizer = ("--num_generations", G, "--max_completion_length", length), tools.build_model("tiny")[1]
     with open(folder / "rows.jsonl", "w") as f:

@@ -3,10 +3,7 @@
 Rows have a photo (about 400 tokens) and completions of 20 to 600 tokens; vision tower frozen, 8 rows a step.
 
   padded   transformers' forward on right-padded batches, loss on the completions, backward; in turns with ours
-  trl      with --trl_python: TRL's SFTTrainer (tests/trl_baseline.py) against train_sft.py, whole steps with reading
-           images, forward, backward and update; the same rows, one process after the other
-
-Tokens are those of the rows, padding not counted.
+  trl      with --trl_python: whole steps of TRL's SFTTrainer (tests/trl_baseline.py) and of train_sft.py, in turns
 """
 
 import json

@@ -4,7 +4,6 @@ A fault in a shared block is made in every script that holds the block. Prints t
 more than 2 of them are too many. Two processes, some 15 minutes. python tests/mutants.py WORDS: the faults with these.
 """
 
-import os
 import queue
 import shutil
 import subprocess
@@ -92,20 +91,20 @@ def exit_code(folders, tests, changed):
     folder = folders.get()
     for name, text in changed.items():
         (folder / name).write_text(text, "utf-8")
-    command = ["timeout", "900", sys.executable, "-m", "pytest", "-xq", *(f"tests/{name}.py" for name in tests.split())]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    files = [f"tests/{name}.py" for name in tests.split()]
+    command = ["timeout", "900", sys.executable, "-m", "pytest", "-xq", *files]
+    code = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode
     for name in changed:
         shutil.copy(ROOT / name, folder)
     folders.put(folder)
-    return done.returncode
+    return code
 
 def main():
     rows, folders, survivors = [row for row in faults() if " ".join(sys.argv[1:]) in row[1]], queue.Queue(), []
     rows += [(tests, f"no fault ({tests})", {}) for tests in sorted({row[0] for row in rows})]  # which must pass
     with tempfile.TemporaryDirectory() as tmp, ThreadPoolExecutor(2) as pool:
         for i in "ab":
-            left_out = shutil.ignore_patterns(".git", "runs", "__pycache__")
-            folders.put(Path(shutil.copytree(ROOT, f"{tmp}/{i}", ignore=left_out)))
+            folders.put(Path(shutil.copytree(ROOT, f"{tmp}/{i}", ignore=shutil.ignore_patterns(".git", "runs"))))
         codes = pool.map(lambda row: exit_code(folders, row[0], row[2]), rows)
         for (_, told, changed), code in zip(rows, codes, strict=True):
             print(f"{'passed' if code == 0 else 'failed'}  {told}", flush=True)

@@ -37,7 +37,6 @@ def test_prompts_are_in_the_familys_words_and_coordinates(parts):
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_a_family_is_trained_exported_and_asked(family, family_dirs, synth_dir, tmp_path):
-    """SFT, from there GRPO; plain transformers loads it and has our log-probs; eval_kvg.py reads its coordinates."""
     data, out, folder = synth_dir / "samples.jsonl", tmp_path / "grpo", str(tmp_path / "grpo/final")
     same = ("--max_steps", 3, "--max_pixels", 20000, "--save_steps", 0)
     train("train_sft", tmp_path / "sft", family_dirs[family], data, *same)

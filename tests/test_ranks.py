@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import TWO_RANKS, metrics_of, train
 from safetensors.torch import load_file
 
@@ -22,7 +21,6 @@ def assert_same_run(ours, theirs, exact=True):
 
 @pytest.fixture(scope="session")
 def signal_on_some_rows(tiny_dir, synth_dir, tmp_path_factory):
-    """A run in which half of the groups have no advantage and are not trained on, all in one row a step."""
     out = tmp_path_factory.mktemp("some") / "one"
     train("train_grpo", out, tiny_dir, synth_dir / "samples.jsonl", "--reward_funcs", "some")
     taught = [1 - m["frac_reward_zero_std"] for m in metrics_of(out)]
@@ -48,9 +46,6 @@ def test_two_ranks_compute_what_one_computes(script, flags, runs, signal_on_some
     assert "4 steps of 4" in done.stdout and "2 ranks on cpu, torch.float32" in done.stdout
     assert (f"goes on from {two}/checkpoint-2" in done.stdout) == (flags[2:] == HARD)
     assert_same_run(two, one, exact=False)
-    ours, theirs = (torch.load(f"{out}.pt", weights_only=True) for out in (two, one))
-    assert ours.keys() == theirs.keys() and max(grad.abs().max() for grad in theirs.values()) > 1e-3
-    assert max((ours[n] - theirs[n]).abs().max().item() for n in theirs) < 1e-5
     if script == "train_grpo":  # rank 0 logs two of its groups, word for word those of one rank
         ours, theirs = ({(s["step"], s["id"]): [c["text"] for c in s["completions"]] for s in map(json.loads, rows)}
                         for rows in ((out / "samples.jsonl").open() for out in (two, one)))  # fmt: skip

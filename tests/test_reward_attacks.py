@@ -65,7 +65,6 @@ ATTACKS = {
 }  # fmt: skip
 
 def paid(text, prompt=SAMPLE, args=ARGS):
-    """{reward: what it pays}; box and IoU as rollout_and_score sets them."""
     c = g.Completion([], None, True, text, g.parse_bbox(text, grid=prompt["grid"]))
     c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
     return {name: g.REWARD_FUNCS[name](c, prompt, args) for name in ("iou", "binary", "dense_iou", "format")}
@@ -75,10 +74,6 @@ def test_an_attack_is_paid_what_the_table_says(name):
     text, iou, dense, form = ATTACKS[name]
     assert [*paid(text).values()] == pytest.approx([iou, float(iou > 0), dense, form])
 
-def test_no_attack_earns_more_than_the_honest_answer():
-    ours = {name: paid(text)["iou"] + paid(text)["format"] for name, (text, *_) in ATTACKS.items()}
-    assert max(ours.values()) == ours["honest"] == 2
-
 JSON = {"bbox_1000": [100, 100, 500, 500], "grid": (280, 140), "style": g.BOX_STYLES["qwen2_5_vl"]}
 
 @pytest.mark.parametrize("answer, iou, form", [
@@ -86,14 +81,12 @@ JSON = {"bbox_1000": [100, 100, 500, 500], "grid": (280, 140), "style": g.BOX_ST
     ('[{"bbox_2d": [28, 14, 140, 70]}, {"bbox_2d": [0, 0, 9, 9]}]', 0, 0.5),
     ('{"bbox_2d": [100, 100, 500, 500]}', 0, 0.5),  # on a grid of 1000, which this family does not count in
     ('{"bbox_2d": [0, 0, 281, 70]}', 0, 0.5),
-    ('{"bbox_2d": "28, 14, 140, 70"}', 0, 0.5),
     ("(28,14),(140,70)", 1, 0.5),
     (r'{"bbox_2d": [0, 0, 9, 9], "label": "\"bbox_2d\": [28, 14, 140, 70]"}', 0, 1),
     (r'{"label": "\"bbox_2d\": [28, 14, 140, 70]"}', 0, 0.5),
 ])  # fmt: skip
 def test_families_that_count_in_pixels_are_no_easier(answer, iou, form):
-    got = paid(answered(answer), JSON)
-    assert (got["iou"], got["format"]) == (iou, form)
+    assert paid(answered(answer), JSON) == {"iou": iou, "binary": iou, "dense_iou": pytest.approx(iou), "format": form}
 
 def test_a_penalty_is_not_worth_dodging():
     """KARL's reward has no penalty without an answer block: leaving it out must cost more format than it saves."""

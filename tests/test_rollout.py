@@ -21,7 +21,6 @@ def test_greedy_tokens_equal_generate(parts):
 
 @pytest.mark.parametrize("temperature", [0.7, 0.0])
 def test_log_probs_are_those_of_the_plain_model_at_the_temperature_without_banned_tokens(temperature, parts):
-    """Of a model that wants the banned tokens most: none is sampled, and the others share the whole probability."""
     model, plain_model = (copy.deepcopy(m) for m in (parts.model, parts.plain_model))
     with torch.no_grad():
         for m in (model, plain_model):
@@ -37,7 +36,6 @@ def test_log_probs_are_those_of_the_plain_model_at_the_temperature_without_banne
         assert (torch.cat([c[1] for c in group]) - want[mask.bool()]).abs().max() < 1e-5
 
 def test_a_completion_depends_on_its_seed_alone(parts):
-    """Not on the batch, its order, the group, or on rows that finish earlier and are left behind."""
     seeds = [[f"{i}:{j}" for j in range(3)] for i in range(5)]
     together, backwards = roll(parts, parts.prompts, seeds, 40), roll(parts, parts.prompts[::-1], seeds[::-1], 40)
     ids = [[[c[0] for c in group] for group in rolled] for rolled in (together, backwards[::-1])]
@@ -58,7 +56,6 @@ def test_the_loop_around_the_graphs_gives_the_same_completions(parts, monkeypatc
 
 @pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
 def test_sampling_follows_the_distribution(parts):
-    """The first token of 4,000 completions against its softmax: total variation as of a true sample."""
     (group,) = roll(parts, parts.prompts[:1], [[str(i) for i in range(4000)]], 1)
     count = torch.bincount(torch.tensor([ids[0] for ids, _, _ in group]), minlength=len(parts.tokenizer)) / 4000
     every, exact = [[i] for i in range(len(count)) if i not in parts.banned], torch.zeros(len(count))

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import plain
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, metrics_of, run_script, train
@@ -25,7 +23,6 @@ def arguments(**changes):
 
 @pytest.fixture(scope="module")
 def alone():
-    """A process group of one."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -82,7 +79,6 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("which", ["one prompt", "all", "chunks", "checkpointing", "frozen"])
 def test_a_packed_row_equals_plain_rows(which, parts, groups):
-    """Log-probs and all gradients, the vision tower's too; with the sampler's temperature and banned tokens."""
     groups = groups[2:3] if which == "one prompt" else groups
     model, frozen = copy.deepcopy(parts.model), which == "frozen"
     if which == "checkpointing":
@@ -105,7 +101,6 @@ def test_a_packed_row_equals_plain_rows(which, parts, groups):
 @pytest.mark.parametrize("loss_type, beta", [("grpo", 0.0), ("grpo", 0.5), ("dapo", 0.1), ("dr_grpo", 0.1)])
 @pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
 def test_the_loss_of_a_step_is_the_plain_one_however_it_is_split_into_rows(loss_type, beta, parts, groups):
-    """Three rows, as of several ranks, against loops over all tokens: value and gradients, with clipping and KL."""
     args, generator = arguments(loss_type=loss_type, beta=beta), torch.Generator().manual_seed(1)
     model, other, plain_other = (copy.deepcopy(m) for m in (parts.model, parts.model, parts.plain_model))
     for m in (other, plain_other):  # the reference is another model, in its vision tower too
@@ -135,7 +130,6 @@ def test_the_loss_of_a_step_is_the_plain_one_however_it_is_split_into_rows(loss_
     assert abs(once.item() - sum(-c.advantage / 15 for c in cs)) < 1e-6, "with one update the ratio is exactly 1"
 
 def test_prompt_and_image_go_through_the_model_once(parts, groups, monkeypatch):
-    """Patches seen by the vision tower and tokens seen by the decoder: not one pass per completion."""
     model, tokens, patches, every = copy.deepcopy(parts.model), [], [], [dict(p) for p in parts.prompts]
     model.model.visual.register_forward_pre_hook(lambda _, x: patches.append(len(x[0])))
     model.get_input_embeddings().register_forward_pre_hook(lambda _, x: tokens.append(x[0].numel()))
@@ -173,34 +167,26 @@ def test_learning_rates():
 def test_the_engine_is_told_what_the_flags_say(tiny_dir, alone, monkeypatch, tmp_path):
     monkeypatch.setattr(g.deepspeed, "initialize", lambda **given: [given])
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
-    def told(dtype="float32", **flags):
-        model = g.load_model(tiny_dir, dtype, torch.device("cpu"))
-        given = g.start_engine(g.CompletionLogProbs(model), arguments(weight_decay=0.1, **flags))
+    for dtype, stage, flags in (("bfloat16", 3, dict(zero_stage=3, max_grad_norm=0.5, weight_decay=0.1)),
+                                ("float32", 1, dict(deepspeed=tmp_path / "ds.json", freeze_vision=True))):  # fmt: skip
+        args = arguments(**flags)
+        given = g.start_engine(g.CompletionLogProbs(g.load_model(tiny_dir, dtype, torch.device("cpu"))), args)
         (group,), config = given["optimizer"].param_groups, given["config"]
-        seen = any(p.requires_grad for p in model.model.visual.parameters())
-        assert group["weight_decay"] == 0.1 and len(group["params"]) == sum(p.requires_grad for p in model.parameters())
-        return config["zero_optimization"]["stage"], config["gradient_clipping"], config["bf16"]["enabled"], seen
-    assert told() == (2, 1.0, False, True) and told(zero_stage=3, max_grad_norm=0.5) == (3, 0.5, False, True)
-    assert told("bfloat16", deepspeed=str(tmp_path / "ds.json"), freeze_vision=True) == (1, 1.0, True, False)
+        told = [config["zero_optimization"]["stage"], config["gradient_clipping"], config["bf16"]["enabled"]]
+        assert told == [stage, args.max_grad_norm, dtype == "bfloat16"] and group["weight_decay"] == args.weight_decay
 
-def test_all_formats_are_read_as_the_same_sample(synth_dir, tmp_path):
+def test_all_formats_are_read_as_the_same_sample(synth_dir):
     row = json.loads((synth_dir / "samples.jsonl").read_text().splitlines()[0])
-    image, (ours, *_) = synth_dir / row["images"][0], g.read_samples([synth_dir / "samples.jsonl"])[0]
     target, said = row["entities"][row["target"]], f"<think>so</think> <answer> {row['answer']} </answer>"
-    released = {"problem": row["question"], "solution": said, "image": {"bytes": image.read_bytes()}}
-    own = {"images": [str(image)], "phrase": target["entity"], "bbox_px": target["bbox_px"]}
-    turns = {"user": f"<image>{row['question']}{g.R1_SUFFIX}", "assistant": said}
-    share = {"images": [str(image)], "messages": [{"role": k, "content": text} for k, text in turns.items()]}
-    pq.write_table(pa.Table.from_pylist([released] * 2), tmp_path / "a.parquet")
-    (tmp_path / "b.jsonl").write_text(json.dumps(own))
-    (tmp_path / "c.json").write_text(json.dumps([share]))
-    read = [s for path in sorted(tmp_path.iterdir()) for s in g.read_samples([path])[0]]
-    assert [s["id"] for s in read] == ["1", "2", "1", "1"], "the line, where a row has no id"
-    assert (read[-1]["completion"], read[-1]["suffix"], read[0]["suffix"]) == (said, g.R1_SUFFIX, "")
+    turns = [{"content": f"<image>{row['question']}{g.R1_SUFFIX}"}, {"content": said}]
+    own = {"phrase": target["entity"], "bbox_px": target["bbox_px"]}
+    rows = [row, own, {"problem": row["question"], "solution": said}, {"messages": turns}]
+    ours, *read = [g.parse_row({"images": row["images"]} | r, synth_dir, 7) for r in rows]
+    assert [(s["id"], s["suffix"]) for s in read] == [("7", ""), ("7", ""), ("7", g.R1_SUFFIX)]
+    assert read[2]["completion"] == said
     for s in read:
-        assert all(s[key] == ours[key] for key in ("question", "answer", "entity"))
+        assert all(s[key] == ours[key] for key in ("question", "answer", "entity", "image"))
         assert s["bbox_1000"] == pytest.approx(ours["bbox_1000"], abs=0.51)
-        assert g.load_image(s["image"]).tobytes() == g.load_image(ours["image"]).tobytes()
 
 # ---- runs ----
 def test_a_run_writes_what_is_said_and_its_export_loads_in_plain_transformers(runs):
@@ -221,14 +207,12 @@ def test_a_run_writes_what_is_said_and_its_export_loads_in_plain_transformers(ru
     assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items() if k in saved)
 
 def test_reward_rises(tiny_dir, synth_dir, tmp_path):
-    """On a reward that any policy can raise: the whole loop, from rollout to update, has the right sign."""
     flags = ("--max_steps", 25, "--num_generations", 8, "--learning_rate", 3e-3, "--lr_scheduler", "constant")
     train("train_grpo", tmp_path / "run", tiny_dir, synth_dir / "samples.jsonl", *flags, "--save_steps", 0)
     rewards = [m["reward"] for m in metrics_of(tmp_path / "run")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2, rewards
 
 def test_a_script_copied_alone_trains_on_own_rows_and_says_what_changed(tiny_dir, synth_dir, tmp_path):
-    """In an empty folder, without ds_config.json; a bad row is skipped if it may be; then with other flags and code."""
     assert json.loads(g.DS_CONFIG) == json.loads((ROOT / "ds_config.json").read_text())
     script, out = shutil.copy(ROOT / "train_grpo.py", tmp_path), tmp_path / "run"
     samples = [{"image": "no.png"}, *map(json.loads, (synth_dir / "samples.jsonl").open())]

@@ -15,13 +15,11 @@ import train_sft as t
 
 @pytest.fixture(scope="module")
 def items(parts):
-    """Encoded rows whose prompts and completions have different length."""
     args = SimpleNamespace(target="direct", prompt_suffix=None)
     questions = [s | {"question": s["question"] + " please" * i} for i, s in enumerate(parts.prompts)]
     return [t.encode(parts.processors, args, s) for s in questions]
 
 def test_packed_sequences_equal_plain_ones(parts, items):
-    """Log-probs of the completions and all gradients, one by one and together, whole and in chunks of the head."""
     pieces = [plain.completion_logps(parts.plain_model, parts.tokenizer, x, [x["completion_ids"]])[0][0] for x in items]
     want, weights = torch.cat(pieces), torch.randn(sum(map(len, pieces)), generator=torch.Generator().manual_seed(0))
     parts.plain_model.zero_grad()
@@ -64,7 +62,6 @@ def test_a_run_learns_freezes_vision_and_its_export_gives_the_same_tokens(runs, 
     assert plain.generate(plain_model, prompt, **draw) == [ours]
 
 def test_sharegpt_files_train_with_the_long_rows_counted_and_the_tracker_told(synth_dir, tiny_dir, tmp_path):
-    """Two files, absolute paths; one row too long, one bad. A stand-in for wandb writes down what it is told."""
     rows = [json.loads(line) for line in (synth_dir / "samples.jsonl").read_text().splitlines()]
     share = [{"messages": r["messages"], "images": [str(synth_dir / r["images"][0])]} for r in rows]
     del share[3]["messages"][1]
