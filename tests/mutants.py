@@ -12,7 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from test_shared_blocks import ROOT, SCRIPTS, blocks
+from test_shared_blocks import BLOCK, ROOT, SCRIPTS, read
 
 # "## script: its tests", then: what stands there once -> what stands there instead
 FAULTS = r"""
@@ -72,14 +72,15 @@ box_iou(last[0], target["bbox_1000"]) < 0.9 -> box_iou(last[0], target["bbox_100
 
 def faults():
     """[(script, its tests, what is said of it, {script: text} with the fault)]"""
-    found, texts = [], {name: (ROOT / name).read_text("utf-8") for name in SCRIPTS}
+    found, texts = [], read(SCRIPTS)
+    blocks = {script: {name: body for name, _, body in BLOCK.findall(text)} for script, text in texts.items()}
     for line in FAULTS.strip("\n").split("\n"):
         if line.startswith("## "):
             script, tests = line[3:].split(": ")
             continue
         old, new = line.split(" -> ")
-        shared = {name for name, (_, _, body) in blocks(texts[script]).items() if old in body}
-        changed = {name: text for name, text in texts.items() if name == script or shared & {*blocks(text)}}
+        shared = {block for block, body in blocks[script].items() if old in body}
+        changed = {name: text for name, text in texts.items() if name == script or shared & blocks[name].keys()}
         if any(text.count(old) != 1 for text in changed.values()):
             raise SystemExit(f"{old!r} does not stand once in each of {[*changed]}")
         changed = {name: text.replace(old, new) for name, text in changed.items()}
