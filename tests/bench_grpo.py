@@ -68,6 +68,12 @@ def training_pass(side, args, length):
     call.model = model
     return call
 
+def race(args, name, plain, ours):
+    """Two calls in turns: seconds of both, and how many times ours the plain one takes."""
+    times = [(tools.seconds_of(plain), tools.seconds_of(ours)) for _ in range(args.rounds)]
+    tools.show(name, ratio := spread([a / b for a, b in times]))
+    return {"plain / ours": ratio, "seconds": [spread(values) for values in zip(*times, strict=True)]}
+
 def compare_passes(args, result):
     for length in args.completion_lengths:
         naive, ours = (training_pass(side, args, length) for side in ("naive", "ours"))
@@ -75,14 +81,11 @@ def compare_passes(args, result):
         told = {"log-prob difference": far, "gradient difference, relative": gradient_gap(naive.model, ours.model)}
         peaks = {side: tools.peak_memory(partial(training_pass, side, args, length)) for side in ("naive", "ours")}
         print(told := told | {"peak_mb": peaks})
-        times = [(tools.seconds_of(naive), tools.seconds_of(ours)) for _ in range(args.rounds)]
-        told |= {"seconds": {"naive": spread([a for a, _ in times]), "ours": spread([b for _, b in times])}}
-        result[f"C={length}"] = told | {"naive / ours, time": spread([a / b for a, b in times])}
-        tools.show(f"training pass, naive / ours, C={length}", result[f"C={length}"]["naive / ours, time"])
+        result[f"C={length}"] = told | race(args, f"training pass, naive / ours, C={length}", naive, ours)
 
 def against_trl(args, kind, folder, ours, theirs, values_of):
     """Runs of ours and of TRL in turns, by one model: TRL's last result, with what `values_of` makes of both, each."""
-    values, same = {"ours": [], "trl": []}, ("--model", folder / "model", "--data", folder / "rows.jsonl")
+    values, same = [], ("--model", folder / "model", "--data", folder / "rows.jsonl")
     for part in tools.build_model(args.geometry):
         part.save_pretrained(folder / "model")
     for turn in range(args.step_rounds):
@@ -90,11 +93,10 @@ def against_trl(args, kind, folder, ours, theirs, values_of):
         tools.run(sys.executable, *ours, *same, "--output_dir", out, "--save_steps", 0)
         tools.run(args.trl_python, "tests/trl_baseline.py", kind, *same, *theirs, "--out", trl)
         rows, trl = tools.read_rows(out / "metrics.jsonl"), json.loads(trl.read_text())
-        for side, value in zip(values, values_of(rows, trl), strict=True):
-            values[side].append(value)
-    trl |= {"ours / trl": spread([a / b for a, b in zip(values["ours"], values["trl"], strict=True)])}
-    tools.show(f"ours / TRL {trl['versions']['trl']}", trl["ours / trl"])
-    return trl | {side: spread(v) for side, v in values.items()} | {"our peak_rss_mb": rows[-1]["mem_gib"] * 1024}
+        values.append(values_of(rows, trl))
+    tools.show(f"ours / TRL {trl['versions']['trl']}", ratio := spread([a / b for a, b in values]))
+    both = dict(zip(("ours", "trl"), map(spread, zip(*values, strict=True)), strict=True))
+    return trl | both | {"ours / trl": ratio, "our peak_rss_mb": rows[-1]["mem_gib"] * 1024}
 
 def compare_steps(args, folder, result):
     length, steps, G = args.completion_lengths[0], 4, args.num_generations

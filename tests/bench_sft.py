@@ -9,13 +9,13 @@ Rows have a photo (about 400 tokens) and completions of 20 to 600 tokens; vision
 import json
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_tools as tools
 import torch
-from bench_grpo import against_trl, gradient_gap
-from bench_tools import spread
+from bench_grpo import against_trl, gradient_gap, race
 
 import train_sft as t
 
@@ -48,20 +48,15 @@ def compare_passes(args, folder, result):
     how = SimpleNamespace(target="cot", prompt_suffix=None)
     items = [t.encode(processors, how, s) for s in t.read_samples([folder / "rows.jsonl"])[0]]
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    def plain_epoch():
+    def epoch(loss):
         for batch in batches:
-            padded_loss(padded, batch, tokenizer.pad_token_id).backward()
-    def packed_epoch():
-        for batch in batches:
-            (-scorer(t.pack_sequences(batch, "cpu")).sum()).backward()
-    plain_epoch(), packed_epoch()
-    result["gradient difference, relative"] = gap = gradient_gap(padded, packed)
-    times = [(tools.seconds_of(plain_epoch), tools.seconds_of(packed_epoch)) for _ in range(args.rounds)]
-    tokens, ratio = sum(x["num_tokens"] for x in items), spread([a / b for a, b in times])
-    result["tokens/s"] = {side: spread([tokens / x[i] for x in times]) for i, side in enumerate(("padded", "ours"))}
-    result["padded / ours, time"] = ratio
-    tools.show("forward and backward, padded / ours", ratio)
-    print(f"  gradients differ by {gap:.1e} relative")
+            loss(batch).backward()
+    plain = partial(epoch, lambda batch: padded_loss(padded, batch, tokenizer.pad_token_id))
+    ours = partial(epoch, lambda batch: -scorer(t.pack_sequences(batch, "cpu")).sum())
+    plain(), ours()
+    result["tokens"] = sum(x["num_tokens"] for x in items)
+    result["gradient difference, relative"] = gradient_gap(padded, packed)
+    result |= race(args, "forward and backward, padded / ours", plain, ours)
 
 def compare_trainers(args, folder, result):
     """Rates over the second of two epochs; the first is warm-up."""
