@@ -47,7 +47,8 @@ def test_a_completion_depends_on_its_seed_alone(parts):
 def test_the_loop_around_the_graphs_gives_the_same_completions(parts, monkeypatch):
     """What CUDA runs, without CUDA: a step is a replay; every 256 tokens rows are left behind and it is made anew."""
     seeds, decode, captured = [[f"{i}:{j}" for j in range(3)] for i in range(5)], g.Rollout.decode, []
-    want = roll(parts, parts.prompts, seeds, 260)
+    want, stops = roll(parts, parts.prompts, seeds, 260), {*parts.tokenizer.convert_tokens_to_ids(g.STOP)}
+    assert not any(stops & {*ids[:-1]} for group in want for ids, _, _ in group), "each of them ends a row"
     monkeypatch.setattr(g, "capture", lambda advance: captured.append(advance) or advance)
     monkeypatch.setattr(g.Rollout, "decode", lambda self, graphs: decode(self, graphs=True))
     for a, b in zip(sum(roll(parts, parts.prompts, seeds, 260), []), sum(want, []), strict=True):
