@@ -1,9 +1,7 @@
 """The GRPO training pass and step against the plain way and against TRL. By hand: python tests/bench_grpo.py
 
-pass   log-probs of G = 8 completions behind one prompt with a photo (>= 512 tokens), forward and backward:
-         naive   G rows, each with its own prompt and image (tests/plain.py)
-         ours    one packed row (train_grpo.pack_groups, CompletionLogProbs)
-       Time in turns, largest difference of log-probs and of gradients, and peak memory, each in a process of its own.
+pass   log-probs of G = 8 completions behind one prompt with a photo (>= 512 tokens), forward and backward: G rows, each
+       with its own prompt and image (naive, tests/plain.py), against one packed row (ours), in turns.
 step   with --trl_python: whole steps of train_grpo.py and of TRL's GRPOTrainer (tests/trl_baseline.py): the same
        model, prompts and number of tokens, both with the vision tower trained, one process after the other.
 """
@@ -30,20 +28,35 @@ g.REWARD_FUNCS["random"] = lambda c, prompt, args: random.Random(c.text).random(
 g.main()
 """
 
+def parser(*args):
+    p = tools.parser(*args)
+    p.add_argument("--completion_lengths", type=int, nargs="+", default=[64, 256])
+    p.add_argument("--num_generations", type=int, default=8)
+    p.add_argument("--prompts", type=int, default=4, help="at once, or of a step")
+    return p
+
+def photo_prompts(processors, count):
+    """Inputs of prompts with a photo, of at least 512 tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = (tools.prompt_text(processors[0], 110 + 5 * i) for i in range(count))
+        pairs = zip(tools.write_photos(folder, count), texts, strict=True)
+        return [g.chat_inputs((*processors, g.BOX_STYLES["qwen2_vl"]), *pair) for pair in pairs]
+
+def gradient_gap(a, b):
+    """Largest difference of the gradients of two models, relative to each one's largest entry."""
+    pairs = ((p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters(), strict=True) if p.grad is not None)
+    return max(((p - q).abs().max() / p.abs().max()).item() for p, q in pairs if p.any())
+
 def training_pass(side, args, length):
-    """(a call that runs forward and backward of one group and returns the log-probs, the model, prompt tokens)"""
+    """A call that runs forward and backward of one group and returns the log-probs; it has its model as `model`."""
     cuda, G, generator = torch.cuda.is_available(), args.num_generations, torch.Generator().manual_seed(0)
     device = "cuda" if cuda else "cpu"
     model, *processors = tools.build_model(args.geometry, device, torch.bfloat16 if cuda else torch.float32)
     model.train().model.visual.requires_grad_(not args.freeze_vision)
-    with tempfile.TemporaryDirectory() as folder:
-        text, (photo,) = tools.prompt_text(processors[0], 110), tools.write_photos(folder, 1)
-        inputs = g.chat_inputs((*processors, g.BOX_STYLES["qwen2_vl"]), photo, text)
-    ids = torch.randint(3, 500, (G, length), generator=generator).tolist()
-    weights = torch.randn(G, generator=generator)[:, None].expand(-1, length).to(device)
+    (inputs,), ids = photo_prompts(processors, 1), torch.randint(3, 500, (G, length), generator=generator).tolist()
+    weights = torch.randn(G, generator=generator)[:, None].to(device)
     group = inputs | {"completions": [g.Completion(c, None, False) for c in ids]}
     scorer = g.CompletionLogProbs(g.packable(model)) if side == "ours" else None
-
     def call():
         model.zero_grad()
         if side == "naive":
@@ -52,76 +65,63 @@ def training_pass(side, args, length):
             logps = scorer(g.pack_groups([group], device)).view(G, length)
         (logps * weights).sum().backward()
         return logps.detach()
+    call.model = model
+    return call
 
-    return call, model, len(inputs["prompt_ids"])
-
-def memory_of(*args):
-    return training_pass(*args)[0]
+def race(args, name, plain, ours):
+    """Two calls in turns: seconds of both, and how many times ours the plain one takes."""
+    times = [(tools.seconds_of(plain), tools.seconds_of(ours)) for _ in range(args.rounds)]
+    tools.show(name, ratio := spread([a / b for a, b in times]))
+    return {"plain / ours": ratio, "seconds": [spread(values) for values in zip(*times, strict=True)]}
 
 def compare_passes(args, result):
     for length in args.completion_lengths:
-        cases = {side: training_pass(side, args, length) for side in ("naive", "ours")}
-        logps = {side: call() for side, (call, _, _) in cases.items()}
-        naive, ours = (dict(model.named_parameters()) for _, model, _ in cases.values())
-        grads = [(naive[n].grad - ours[n].grad).abs().max() / naive[n].grad.abs().max()
-                 for n in naive if naive[n].grad is not None and naive[n].grad.any()]  # fmt: skip
-        times = [{side: tools.seconds_of(call) for side, (call, _, _) in cases.items()} for _ in range(args.rounds)]
-        peaks = {side: tools.peak_memory(partial(memory_of, side, args, length)) for side in cases}
-        result[f"C={length}"] = {
-            "prompt_tokens": cases["ours"][2],
-            "naive / ours, time": spread([t["naive"] / t["ours"] for t in times]),
-            "seconds": {side: spread([t[side] for t in times]) for side in cases},
-            "peak_mb": peaks,
-            "log-prob difference": (logps["naive"] - logps["ours"]).abs().max().item(),
-            "gradient difference, relative": max(grads).item(),
-        }
-        tools.show(f"training pass, naive / ours, C={length}", result[f"C={length}"]["naive / ours, time"])
-        for key in ("log-prob difference", "gradient difference, relative", "peak_mb"):
-            print(f"  {key}: {result[f'C={length}'][key]}")
+        naive, ours = (training_pass(side, args, length) for side in ("naive", "ours"))
+        far = (naive() - ours()).abs().max().item()
+        told = {"log-prob difference": far, "gradient difference, relative": gradient_gap(naive.model, ours.model)}
+        peaks = {side: tools.peak_memory(partial(training_pass, side, args, length)) for side in ("naive", "ours")}
+        print(told := told | {"peak_mb": peaks})
+        result[f"C={length}"] = told | race(args, f"training pass, naive / ours, C={length}", naive, ours)
 
-def compare_steps(args, result):
-    """Whole steps: rollout, reward, training pass, update; the first step of every process is warm-up."""
-    length, steps, G, seconds = args.completion_lengths[0], 4, args.num_generations, {"ours": [], "trl": []}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for part in tools.build_model(args.geometry):
-            part.save_pretrained(folder / "model")
-        tokenizer, rows = tools.build_model("tiny")[1], folder / "rows.jsonl"
-        with open(rows, "w") as f:
-            for i, photo in enumerate(tools.write_photos(folder, args.prompts)):
-                text = tools.prompt_text(tokenizer, 80 + 5 * i)
-                row = {"image": photo, "question": text, "answer": "(1,1),(9,9)", "text": text + g.R1_SUFFIX}
-                f.write(json.dumps(row) + "\n")
-        same = ("--model", folder / "model", "--num_generations", G, "--max_completion_length", length)
-        for turn in range(args.step_rounds):
-            out, trl = folder / f"run{turn}", folder / "trl.json"
-            tools.run(sys.executable, "-c", ENDLESS, *same, "--data", rows, "--output_dir", out, "--train_batch_size",
-                      args.prompts, "--max_steps", steps, "--reward_funcs", "random", "--save_steps", 0)  # fmt: skip
-            theirs = ("--prompts", rows, "--steps", steps, "--out", trl)
-            tools.run(args.trl_python, "tests/trl_baseline.py", "grpo", *same, *theirs)
-            ours, trl = tools.read_rows(out / "metrics.jsonl")[1:], json.loads(trl.read_text())
-            assert {m["completions/mean_length"] for m in ours} == {length}
-            assert set(trl["completion_tokens"]) == {args.prompts * G * length}
-            seconds["ours"].append(sum(m["step_time"] for m in ours) / len(ours))
-            seconds["trl"].append(sum(trl["step_seconds"][1:]) / (len(trl["step_seconds"]) - 1))
-    ratios = spread([a / b for a, b in zip(seconds["trl"], seconds["ours"], strict=True)])
-    peaks = {"ours": ours[-1]["mem_gib"] * 1024, "trl": trl["peak_rss_mb"]}
-    name = f"step, {args.prompts} prompts x {G}, C={length}"
-    result[name] = {"trl / ours, time": ratios, "seconds": {s: spread(v) for s, v in seconds.items()},
-                    "trl": trl["versions"], "process peak_mb": peaks, "our last step": ours[-1]}  # fmt: skip
-    tools.show(f"{name}, TRL {trl['versions']['trl']} / ours", ratios)
+def against_trl(args, kind, folder, ours, theirs, values_of):
+    """Runs of ours and of TRL in turns, by one model: TRL's last result, with what `values_of` makes of both, each."""
+    values, same = [], ("--model", folder / "model", "--data", folder / "rows.jsonl")
+    for part in tools.build_model(args.geometry):
+        part.save_pretrained(folder / "model")
+    for turn in range(args.step_rounds):
+        out, trl = folder / f"run{turn}", folder / "trl.json"
+        tools.run(sys.executable, *ours, *same, "--output_dir", out, "--save_steps", 0)
+        tools.run(args.trl_python, "tests/trl_baseline.py", kind, *same, *theirs, "--out", trl)
+        rows, trl = tools.read_rows(out / "metrics.jsonl"), json.loads(trl.read_text())
+        values.append(values_of(rows, trl))
+    tools.show(f"ours / TRL {trl['versions']['trl']}", ratio := spread([a / b for a, b in values]))
+    both = dict(zip(("ours", "trl"), map(spread, zip(*values, strict=True)), strict=True))
+    return trl | both | {"ours / trl": ratio, "our peak_rss_mb": rows[-1]["mem_gib"] * 1024}
+
+def compare_steps(args, folder, result):
+    length, steps, G = args.completion_lengths[0], 4, args.num_generations
+    same, tokenizer = ("--num_generations", G, "--max_completion_length", length), tools.build_model("tiny")[1]
+    with open(folder / "rows.jsonl", "w") as f:
+        for i, photo in enumerate(tools.write_photos(folder, args.prompts)):
+            text = tools.prompt_text(tokenizer, 80 + 5 * i)
+            row = {"image": photo, "question": text, "answer": "(1,1),(9,9)", "text": text + g.R1_SUFFIX}
+            f.write(json.dumps(row) + "\n")
+    def steps_per_second(ours, trl):
+        assert {m["completions/mean_length"] for m in ours} == {length}
+        assert {*trl["tokens"]} == {args.prompts * G * length}
+        return [(steps - 1) / sum(x[1:]) for x in ([m["step_time"] for m in ours], trl["step_seconds"])]
+    ours = ("-c", ENDLESS, *same, "--train_batch_size", args.prompts, "--reward_funcs", "random", "--max_steps", steps)
+    result["steps/s"] = against_trl(args, "grpo", folder, ours, (*same, "--steps", steps), steps_per_second)
 
 def main():
-    p = tools.parser(__doc__, "grpo")
-    p.add_argument("--completion_lengths", type=int, nargs="+", default=[64, 256])
-    p.add_argument("--num_generations", type=int, default=8)
+    p = parser(__doc__, "grpo")
     p.add_argument("--freeze_vision", action="store_true", help="in the training pass")
-    p.add_argument("--prompts", type=int, default=2, help="of a whole step")
+    p.set_defaults(prompts=2)
     args = p.parse_args()
-    result = {"args": vars(args)}
-    compare_passes(args, result)
+    compare_passes(args, result := {"args": vars(args)})
     if args.trl_python:
-        compare_steps(args, result)
+        with tempfile.TemporaryDirectory() as folder:
+            compare_steps(args, Path(folder), result)
     tools.write_result(args.out, result)
 
 if __name__ == "__main__":

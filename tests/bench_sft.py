@@ -2,30 +2,25 @@
 
 Rows have a photo (about 400 tokens) and completions of 20 to 600 tokens; vision tower frozen, 8 rows a step.
 
-  padded   transformers' forward on right-padded batches, loss on the completions, backward
-  ours     train_sft.pack_sequences and CompletionLogProbs on the same batches, in turns with it
-  trl      with --trl_python: TRL's SFTTrainer (tests/trl_baseline.py) against train_sft.py, whole steps with reading
-           images, forward, backward and update; the same rows, one process after the other
-
-Tokens are those of the rows, padding not counted.
+  padded   transformers' forward on right-padded batches, loss on the completions, backward; in turns with ours
+  trl      with --trl_python: whole steps of TRL's SFTTrainer (tests/trl_baseline.py) and of train_sft.py, in turns
 """
 
 import json
 import random
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_tools as tools
 import torch
-from bench_tools import spread
+from bench_grpo import against_trl, gradient_gap, race
 
 import train_sft as t
 
 
 def make_rows(folder, tokenizer, count):
-    """rows.jsonl, as both read it."""
     rng = random.Random(0)
     with open(folder / "rows.jsonl", "w") as f:
         for photo in tools.write_photos(folder, count):
@@ -35,16 +30,13 @@ def make_rows(folder, tokenizer, count):
 
 def padded_loss(model, items, pad_id):
     """Cross-entropy, summed over the completions of a right-padded batch, by transformers' own forward pass."""
-    rows = [x["prompt_ids"] + x["completion_ids"] for x in items]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
-    labels = torch.full_like(ids, -100)
-    for i, x in enumerate(items):
-        labels[i, len(x["prompt_ids"]) : x["num_tokens"]] = torch.tensor(x["completion_ids"])
-    mask = torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+    rows = [torch.tensor(x["prompt_ids"] + x["completion_ids"]) for x in items]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    at, ends = torch.arange(ids.shape[1]), torch.tensor([[x["num_tokens"]] for x in items])
+    labels = ids.where((at < ends) & (at >= torch.tensor([[len(x["prompt_ids"])] for x in items])), -100)
     images = {key: torch.cat([x[key] for x in items]) for key in ("pixel_values", "image_grid_thw")}
-    kinds = (ids == model.config.image_token_id).int()
-    logits = model(input_ids=ids, attention_mask=mask.long(), mm_token_type_ids=kinds, use_cache=False, **images).logits
+    images["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    logits = model(input_ids=ids, attention_mask=(at < ends).long(), use_cache=False, **images).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 def compare_passes(args, folder, result):
@@ -56,45 +48,26 @@ def compare_passes(args, folder, result):
     how = SimpleNamespace(target="cot", prompt_suffix=None)
     items = [t.encode(processors, how, s) for s in t.read_samples([folder / "rows.jsonl"])[0]]
     batches = [items[i : i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-
-    def plain_epoch():
+    def epoch(loss):
         for batch in batches:
-            padded_loss(padded, batch, tokenizer.pad_token_id).backward()
-
-    def packed_epoch():
-        for batch in batches:
-            (-scorer(t.pack_sequences(batch, "cpu")).sum()).backward()
-
-    plain_epoch(), packed_epoch()
-    pairs = zip(padded.parameters(), packed.parameters(), strict=True)
-    gap = max(((a.grad - b.grad).abs().max() / a.grad.abs().max()).item() for a, b in pairs if a.grad is not None)
-    tokens = sum(x["num_tokens"] for x in items)
-    times = [(tools.seconds_of(plain_epoch), tools.seconds_of(packed_epoch)) for _ in range(args.rounds)]
-    result["padded / ours, time"] = spread([a / b for a, b in times])
-    result["tokens/s"] = {side: spread([tokens / x[i] for x in times]) for i, side in enumerate(("padded", "ours"))}
-    result["gradient difference, relative"] = gap
-    tools.show("forward and backward, padded / ours", result["padded / ours, time"])
-    print(f"  gradients differ by {gap:.1e} relative")
+            loss(batch).backward()
+    plain = partial(epoch, lambda batch: padded_loss(padded, batch, tokenizer.pad_token_id))
+    ours = partial(epoch, lambda batch: -scorer(t.pack_sequences(batch, "cpu")).sum())
+    plain(), ours()
+    result["tokens"] = sum(x["num_tokens"] for x in items)
+    result["gradient difference, relative"] = gradient_gap(padded, packed)
+    result |= race(args, "forward and backward, padded / ours", plain, ours)
 
 def compare_trainers(args, folder, result):
     """Rates over the second of two epochs; the first is warm-up."""
-    for part in tools.build_model(args.geometry):
-        part.save_pretrained(folder / "model")
-    epoch, rates, rows = args.rows // args.batch_size, {"ours": [], "trl": []}, folder / "rows.jsonl"
-    for turn in range(args.step_rounds):
-        out, trl, model = folder / f"run{turn}", folder / "trl.json", ("--model", folder / "model")
-        tools.run(sys.executable, "train_sft.py", *model, "--data", rows, "--output_dir", out, "--train_batch_size",
-                  args.batch_size, "--max_steps", 2 * epoch, "--save_steps", 0)  # fmt: skip
-        tools.run(args.trl_python, "tests/trl_baseline.py", "sft", *model, "--rows", rows, "--batch_size",
-                  args.batch_size, "--steps", 2 * epoch, "--out", trl)  # fmt: skip
-        ours, trl = tools.read_rows(out / "metrics.jsonl")[epoch:], json.loads(trl.read_text())
-        tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours)
-        rates["ours"].append(tokens / sum(m["step_time"] for m in ours))
-        rates["trl"].append(sum(trl["tokens"][epoch : 2 * epoch]) / sum(trl["step_seconds"][epoch:]))
-    result["ours / trl, tokens/s"] = spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)])
-    result["trainer tokens/s"] = {side: spread(values) for side, values in rates.items()}
-    result["trl"], result["trl_peak_mb"] = trl["versions"], trl["peak_rss_mb"]
-    tools.show(f"whole steps, ours / TRL {trl['versions']['trl']}, tokens/s", result["ours / trl, tokens/s"])
+    epoch = args.rows // args.batch_size
+    def tokens_per_second(ours, trl):
+        tokens = sum(m["train_tokens_per_second"] * m["time/train"] for m in ours[epoch:])
+        theirs = sum(trl["tokens"][epoch:]) / sum(trl["step_seconds"][epoch:])
+        return tokens / sum(m["step_time"] for m in ours[epoch:]), theirs
+    ours = ("train_sft.py", "--train_batch_size", args.batch_size, "--max_steps", 2 * epoch)
+    theirs = ("--batch_size", args.batch_size, "--steps", 2 * epoch)
+    result["trainers, tokens/s"] = against_trl(args, "sft", folder, ours, theirs, tokens_per_second)
 
 def main():
     p = tools.parser(__doc__, "sft")

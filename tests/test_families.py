@@ -17,65 +17,33 @@ ROW += "<|box_start|>(510,20),(900,999)<|box_end|></answer>"
 
 def test_each_family_writes_boxes_its_own_way():
     grids = {f: (280, 140) if t.BOX_STYLES[f].pixels else (1000, 1000) for f in FAMILIES}
-    text = {f: t.model_text(ROW, t.BOX_STYLES[f], grids[f]) for f in FAMILIES}
-    assert text["qwen2_vl"] == ROW
     form = '<think>\nleft {}\n</think> <answer>```json\n[\n\t{{"bbox_2d": {}, "label": "A \\"b\\""}}\n]\n```</answer>'
-    assert text["qwen2_5_vl"] == form.format("(3,3),(84,56)", "[143, 3, 252, 140]")
-    assert text["qwen3_vl"] == form.format("(10,20),(300,400)", "[510, 20, 900, 999]")
+    pixels = form.format("(3,3),(84,56)", "[143, 3, 252, 140]")
+    json_ = form.format("(10,20),(300,400)", "[510, 20, 900, 999]")
+    assert [t.model_text(ROW, t.BOX_STYLES[f], grids[f]) for f in FAMILIES] == [ROW, pixels, json_]
     edge = t.model_text(t.ANSWER.format("A", 999, 999, 1000, 1000), t.BOX_STYLES["qwen2_5_vl"], (28, 28))
-    assert '"bbox_2d": [27, 27, 28, 28]' in edge, "a thin box at the edge stays a box within the image"
+    assert "[27, 27, 28, 28]" in edge, "a thin box at the edge stays a box within the image"
     question = "Find <|object_ref_start|>A<|object_ref_end|>"
     assert [t.model_text(question, t.BOX_STYLES[f], (280, 140)) for f in FAMILIES] == [question, "Find A", "Find A"]
-    for family in FAMILIES:  # the format reward wants the family's own form
-        style = g.BOX_STYLES[family]
-        prompt = {"bbox_1000": [0, 0, 1, 1], "grid": (1000, 1000), "style": style}
-        for other in FAMILIES:
-            said = t.model_text(ROW, t.BOX_STYLES[other], (1000, 1000))
-            c = g.Completion([], None, True, said, g.parse_bbox(said))
-            assert g.format_reward(c, prompt, None) == (1.0 if style.json == t.BOX_STYLES[other].json else 0.5)
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_boxes_survive_the_round_trip_through_the_familys_coordinates(family):
-    """What the model is taught is parsed to the box of the row: to half a pixel where it counts in pixels, else
-    exactly. And a box that the model wrote is the same box in its own coordinates after a trip through a row."""
-    style, size = t.BOX_STYLES[family], (616, 644)
-    grid, generator = size if style.pixels else (1000, 1000), torch.Generator().manual_seed(0)
-    for _ in range(300):
-        x, y = (sorted(torch.randperm(1001, generator=generator)[:2].tolist()) for _ in range(2))
-        box = (x[0], y[0], x[1], y[1])
-        row = "<think>x</think> <answer>" + t.ANSWER.format("A", *box) + "</answer>"
-        text = t.model_text(row, style, grid)
-        read = g.parse_bbox(text, grid=grid)
-        slack = [500 / n if style.pixels else 0 for n in grid * 2]
-        narrow = style.pixels and min(x[1] - x[0], y[1] - y[0]) < 2  # less than a pixel becomes one
-        assert narrow or all(abs(a - b) <= d + 1e-9 for a, b, d in zip(read, box, slack, strict=True))
-        written = "<think>x</think> <answer>" + t.ANSWER.format("A", *map(round, read)) + "</answer>"
-        assert narrow or t.model_text(written, style, grid) == text
-    assert g.parse_bbox(f"<answer>(1,2),({grid[0]},{grid[1]})</answer>", grid=grid)[2:] == [1000, 1000]
-    assert g.parse_bbox(f"<answer>(1,2),({grid[0] + 1},{grid[1]})</answer>", grid=grid) is None
 
 def test_prompts_are_in_the_familys_words_and_coordinates(parts):
-    style, p = parts.processors[2], parts.prompts[0]
-    rows, columns = p["image_grid_thw"][0, 1:].tolist()
-    patch = parts.processors[1].patch_size
+    (tokenizer, processor, style), p = parts.processors, parts.prompts[0]
+    patch, (rows, columns) = processor.patch_size, p["image_grid_thw"][0, 1:].tolist()
     assert p["grid"] == ((columns * patch, rows * patch) if style.pixels else (1000, 1000))
-    assert patch == (16 if parts.model.config.model_type == "qwen3_vl" else 14)
-    assert ("<|object_ref_start|>" in parts.tokenizer.decode(p["prompt_ids"])) != style.json
+    assert ("<|object_ref_start|>" in tokenizer.decode(p["prompt_ids"])) != style.json
     small = g.load_processors(parts.model.name_or_path, 28 * 28 * 6)  # the cap is on the pixels of the resized image
     capped = g.chat_inputs(small, p["image"], "?")["image_grid_thw"][0]
     assert capped.prod() * patch**2 <= 28 * 28 * 6 < rows * columns * patch**2
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_a_family_is_trained_exported_and_asked(family, family_dirs, synth_dir, tmp_path):
-    """SFT, from there GRPO; plain transformers loads it and has our log-probs; eval_kvg.py reads its coordinates."""
-    data, out = synth_dir / "samples.jsonl", tmp_path / "grpo"
+    data, out, folder = synth_dir / "samples.jsonl", tmp_path / "grpo", str(tmp_path / "grpo/final")
     same = ("--max_steps", 3, "--max_pixels", 20000, "--save_steps", 0)
     train("train_sft", tmp_path / "sft", family_dirs[family], data, *same)
     train("train_grpo", out, tmp_path / "sft/final", data, *same)
     sft, grpo = metrics_of(tmp_path / "sft"), metrics_of(out)
     assert sft[2]["loss"] < sft[0]["loss"] and all(math.isfinite(m["loss"]) and m["grad_norm"] > 0 for m in sft + grpo)
     assert all(m["sampling/logp_diff"] < 1e-5 for m in grpo)
-    folder = str(out / "final")
     model, info = t.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert model.config.model_type == family and model.config.prompt_suffix == t.R1_SUFFIX
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

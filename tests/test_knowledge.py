@@ -21,7 +21,8 @@ def scored(texts, level, form, monkeypatch, **changes):
     engine = SimpleNamespace(module=SimpleNamespace(model=None, parameters=lambda: ()), optimizer=None)
     base = dict(reward_funcs=["karl" if form == "reward" else "iou"], reward_weights=[1.0], iou_threshold=0.65)
     base["num_generations"] = len(texts)
-    prompt = {"id": "0", "bbox_1000": [0, 0, 100, 100], "level": level, "grid": (1000, 1000), "prompt_ids": [1]}
+    prompt = {"id": "0", "epoch": 0, "level": level, "bbox_1000": [0, 0, 100, 100], "grid": (1000, 1000)}
+    prompt["prompt_ids"] = [1]
     score = karl.score_and_weigh if form else g.rollout_and_score
     score(engine, (tokenizer, None, None), [prompt], 1, arguments(**base | changes), {})
     return [[getattr(c, key) for c in prompt["completions"]] for key in ("reward", "advantage")]
@@ -66,7 +67,8 @@ def test_a_run_weighs_what_it_is_told_to(form, tiny_dir, synth_dir, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(known))
     flags = ("--knowledge", tmp_path / "m.json", "--max_steps", 2)
     flags += ("--reward_funcs", "karl", "letters") if form == "reward" else ()
-    (tmp_path / "karl.py").write_text("import grpo_letters\nfrom tools import karl\nkarl.main()\n")
+    start = "import sys\nsys.argv.insert(1, 'train_grpo')\nimport trouble\nfrom tools import karl\nkarl.main()\n"
+    (tmp_path / "karl.py").write_text(start)
     run_script(tmp_path / "karl.py", "--model", tiny_dir, "--data", synth_dir / "samples.jsonl", "--output_dir",
                tmp_path / "run", *TRAIN_FLAGS["train_grpo"], *flags, PYTHONPATH="tests:.")  # fmt: skip
     assert ("rewards/karl/mean" in metrics_of(tmp_path / "run")[0]) == (form == "reward")

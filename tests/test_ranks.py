@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import TWO_RANKS, metrics_of, train
 from safetensors.torch import load_file
 
@@ -15,15 +14,13 @@ HARD = ("--beta", 0.04, "--num_iterations", 2)  # as the undisturbed run of trai
 def assert_same_run(ours, theirs, exact=True):
     """Metrics, rollouts and weights: bit for bit, or to what another order of sums leaves over."""
     for a, b in zip(metrics_of(ours), metrics_of(theirs), strict=True):
-        assert a.keys() == b.keys() and (a == b if exact else a == pytest.approx(b, rel=1e-5, abs=1e-5))
-    if exact:
-        assert (ours / "samples.jsonl").read_text() == (theirs / "samples.jsonl").read_text()
+        assert a == (b if exact else pytest.approx(b, rel=1e-5, abs=1e-5))
+    assert not exact or (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
     a, b = (load_file(out / "final/model.safetensors") for out in (ours, theirs))
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() <= (0 if exact else 1e-4) for k in b)
 
 @pytest.fixture(scope="session")
 def signal_on_some_rows(tiny_dir, synth_dir, tmp_path_factory):
-    """A run in which half of the groups have no advantage and are not trained on, all in one row a step."""
     out = tmp_path_factory.mktemp("some") / "one"
     train("train_grpo", out, tiny_dir, synth_dir / "samples.jsonl", "--reward_funcs", "some")
     taught = [1 - m["frac_reward_zero_std"] for m in metrics_of(out)]
@@ -49,14 +46,11 @@ def test_two_ranks_compute_what_one_computes(script, flags, runs, signal_on_some
     assert "4 steps of 4" in done.stdout and "2 ranks on cpu, torch.float32" in done.stdout
     assert (f"goes on from {two}/checkpoint-2" in done.stdout) == (flags[2:] == HARD)
     assert_same_run(two, one, exact=False)
-    ours, theirs = (torch.load(f"{out}.pt", weights_only=True) for out in (two, one))
-    assert ours.keys() == theirs.keys() and max(grad.abs().max() for grad in theirs.values()) > 1e-3
-    assert max((ours[n] - theirs[n]).abs().max().item() for n in theirs) < 1e-5
     if script == "train_grpo":  # rank 0 logs two of its groups, word for word those of one rank
-        ours, theirs = ([json.loads(x) for x in (d / "samples.jsonl").read_text().splitlines()] for d in (two, one))
-        theirs = {(s["step"], s["id"]): [c["text"] for c in s["completions"]] for s in theirs}
-        both = [s for s in ours if (s["step"], s["id"]) in theirs]
-        assert len(both) >= 4 and all([c["text"] for c in s["completions"]] == theirs[s["step"], s["id"]] for s in both)
+        ours, theirs = ({(s["step"], s["id"]): [c["text"] for c in s["completions"]] for s in map(json.loads, rows)}
+                        for rows in ((out / "samples.jsonl").open() for out in (two, one)))  # fmt: skip
+        both = ours.keys() & theirs.keys()
+        assert len(both) >= 4 and all(ours[key] == theirs[key] for key in both)
 
 def test_grpo_ends_the_same_after_a_kill_in_a_checkpoint_and_a_loss_of_nan(runs, tiny_dir, synth_dir, tmp_path):
     out = tmp_path / "run"
@@ -72,9 +66,8 @@ def test_grpo_ends_the_same_after_a_kill_in_a_checkpoint_and_a_loss_of_nan(runs,
     done = train(*command, "--tokens_per_row", 4096)
     assert "{'tokens_per_row': '8192 -> 4096'}" in done.stdout and f"goes on from {out}/checkpoint-2" in done.stdout
     assert_same_run(out, runs["train_grpo"])
-    before = metrics_of(out)
-    done = train(*command)
-    assert f"{out}/final is there; to train on" in done.stdout and metrics_of(out) == before
+    assert f"{out}/final is there; to train on" in train(*command).stdout
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 def test_sft_ends_the_same_after_a_sigterm(runs, tiny_dir, synth_dir, tmp_path):
     out = tmp_path / "run"
@@ -86,13 +79,9 @@ def test_sft_ends_the_same_after_a_sigterm(runs, tiny_dir, synth_dir, tmp_path):
     assert_same_run(out, runs["train_sft"])
     assert not [*out.glob("checkpoint-*")], "of no more use"
 
-def test_the_last_checkpoints_are_kept(runs):
-    """Three of --save_steps 1 with --save_total_limit 3."""
-    assert sorted(p.name[-2:] for p in runs["train_sft"].glob("checkpoint-*")) == ["-1", "-2", "-3"]
-    assert [p.name for p in runs["train_grpo"].glob("checkpoint-*")] == ["checkpoint-2"]
-
 def test_another_number_of_ranks_needs_the_command_that_is_named(runs, tiny_dir, synth_dir, tmp_path):
     out = shutil.copytree(runs["train_sft"], tmp_path / "run")
+    assert sorted(p.name[-2:] for p in out.glob("checkpoint-*")) == ["-1", "-2", "-3"], "--save_total_limit"
     shutil.rmtree(out / "final")
     command = ("train_sft", out, tiny_dir, synth_dir / "samples.jsonl")
     done = train(*command, check=False, launcher=TWO_RANKS)
@@ -100,19 +89,7 @@ def test_another_number_of_ranks_needs_the_command_that_is_named(runs, tiny_dir,
     assert done.returncode == 1 and "Traceback" not in done.stderr and "'ranks': '1 -> 2'" in done.stdout
     assert "want 1 ranks, or: cd " in error
     make = error.split("or: ")[1].replace("python -m", f"{sys.executable} -m")
-    made = subprocess.run(make, shell=True, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    subprocess.run(make, shell=True, capture_output=True, check=True)
     done = train(*command, launcher=TWO_RANKS)
     assert f"goes on from {out}/checkpoint-3" in done.stdout
     assert_same_run(out, runs["train_sft"], exact=False)
-
-def test_bf16_keeps_fp32_masters(tiny_dir, synth_dir, tmp_path):
-    """Updates of a hundredth of a bf16 step add up: after 20 of them the loss has fallen as fp32's does."""
-    falls = {}
-    for dtype in ("bfloat16", "float32"):
-        flags = ("--max_steps", 20, "--learning_rate", 3e-5, "--lr_scheduler", "constant", "--warmup_ratio", 0)
-        data = synth_dir / "samples.jsonl"
-        train("train_sft", tmp_path / dtype, tiny_dir, data, *flags, "--save_steps", 0, "--dtype", dtype)
-        losses = [m["loss"] for m in metrics_of(tmp_path / dtype)]
-        falls[dtype] = losses[0] - losses[18]  # the same rows, six epochs later
-    assert falls["float32"] > 0.01 and falls["bfloat16"] == pytest.approx(falls["float32"], rel=0.3), falls

@@ -1,7 +1,6 @@
 """SFT: packed sequences against plain ones, what is learned from which rows, and what the export gives back."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import plain
@@ -13,22 +12,20 @@ from safetensors.torch import load_file
 import train_grpo as g
 import train_sft as t
 
-ARGS = SimpleNamespace(target="direct", prompt_suffix=None)
 
 @pytest.fixture(scope="module")
 def items(parts):
-    """Encoded rows whose prompts and completions have different length."""
+    args = SimpleNamespace(target="direct", prompt_suffix=None)
     questions = [s | {"question": s["question"] + " please" * i} for i, s in enumerate(parts.prompts)]
-    return [t.encode(parts.processors, ARGS, s) for s in questions]
+    return [t.encode(parts.processors, args, s) for s in questions]
 
 def test_packed_sequences_equal_plain_ones(parts, items):
-    """Log-probs of the completions and all gradients, one by one and together, whole and in chunks of the head."""
     pieces = [plain.completion_logps(parts.plain_model, parts.tokenizer, x, [x["completion_ids"]])[0][0] for x in items]
     want, weights = torch.cat(pieces), torch.randn(sum(map(len, pieces)), generator=torch.Generator().manual_seed(0))
     parts.plain_model.zero_grad()
     (want * weights).sum().backward()
     theirs = {n: p.grad for n, p in parts.plain_model.named_parameters()}
-    for size, chunk in ((5, 2**26), (5, 9 * len(parts.tokenizer)), (2, 2**26), (1, 2**26)):
+    for size, chunk in ((5, 2**26), (5, 9 * len(parts.tokenizer)), (2, 2**26)):
         parts.model.zero_grad()
         rows = [t.pack_sequences(items[i : i + size], "cpu") for i in range(0, 5, size)]
         got = torch.cat([t.CompletionLogProbs(parts.model, chunk=chunk)(row) for row in rows])
@@ -38,61 +35,33 @@ def test_packed_sequences_equal_plain_ones(parts, items):
             assert (p.grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max() + 1e-7, (size, name)
 
 def test_what_is_learned_is_the_assistants_turn_and_its_end(parts, items):
-    tokenizer, style = parts.tokenizer, parts.processors[2]
     for s, x in zip(parts.prompts, items, strict=True):
-        assert tokenizer.decode(x["completion_ids"]) == t.model_text(s["answer"], style, x["grid"]) + "<|im_end|>"
-        assert x["num_tokens"] == len(x["prompt_ids"]) + len(x["completion_ids"])
-        row = t.pack_sequences([x], "cpu")
-        assert row.input_ids[0, row.at + 1].tolist() == row.targets.tolist() == x["completion_ids"]
-        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "yes"}], tokenize=False)
-        assert whole.endswith("<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n")
-        assert tokenizer.decode(x["prompt_ids"]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        said, turn = (parts.tokenizer.decode(x[key]) for key in ("completion_ids", "prompt_ids"))
+        assert said == t.model_text(s["answer"], parts.processors[2], x["grid"]) + "<|im_end|>"
+        assert turn.endswith("<|im_end|>\n<|im_start|>assistant\n") and s["question"].split("<")[0] in turn
 
-def test_targets_and_suffixes(synth_dir, tmp_path):
-    """A cot row carries the prompt that it was made with; a bare answer follows the bare question; a flag says else."""
-    (row, *_) = (json.loads(line) for line in (synth_dir / "samples.jsonl").read_text().splitlines())
-    said = f"<think>because</think> <answer>{row['answer']}</answer>"
-    turns = ("user", f"<image>{row['question']}{t.R1_SUFFIX}"), ("assistant", said)
-    messages = [{"role": role, "content": text} for role, text in turns]
-    share = [{"messages": messages, "images": [os.path.relpath(synth_dir / row["images"][0], tmp_path)]}]
-    (tmp_path / "share.json").write_text(json.dumps(share))
-    ((cot,), bad) = t.read_samples([tmp_path / "share.json"])
-    assert not bad and (cot["id"], cot["completion"], cot["answer"]) == ("1", said, row["answer"])
-    assert cot["question"] == row["question"] and cot["bbox_1000"] == row["entities"][row["target"]]["bbox_1000"]
-    for target, flag, want in (("cot", None, t.R1_SUFFIX), ("direct", None, ""), ("cot", "", ""), ("direct", "?", "?")):
-        assert t.suffix_of(cot, SimpleNamespace(target=target, prompt_suffix=flag)) == want
-    assert t.suffix_of(cot | {"suffix": ""}, SimpleNamespace(target="cot", prompt_suffix=None)) == ""
-    with pytest.raises(ValueError, match="nothing to learn from"):
-        t.encode((None, None, None), SimpleNamespace(target="cot", prompt_suffix=None), cot | {"completion": ""})
-
-def test_defaults_are_the_papers():
-    args = t.parse_args(["--model", "m", "--data", "d", "--output_dir", "o"])
-    assert (args.learning_rate, args.train_batch_size, args.max_length, args.warmup_ratio) == (5e-6, 16, 4096, 0.1)
-    assert (args.max_pixels, args.freeze_vision, args.num_epochs, args.lr_scheduler) == (401408, True, 1, "cosine")
+def test_a_chain_follows_the_prompt_it_was_made_with_and_a_bare_answer_the_bare_question():
+    for target, flag, want in (("cot", None, "!"), ("direct", None, ""), ("cot", "", ""), ("direct", "?", "?")):
+        assert t.suffix_of({"suffix": "!"}, SimpleNamespace(target=target, prompt_suffix=flag)) == want
 
 @pytest.mark.parametrize("parts", ["qwen2_vl"], indirect=True)
 def test_a_run_learns_freezes_vision_and_its_export_gives_the_same_tokens(runs, tiny_dir, parts):
-    metrics, out = metrics_of(runs["train_sft"]), runs["train_sft"]
+    metrics, folder = metrics_of(runs["train_sft"]), str(runs["train_sft"] / "final")
     assert [m["epoch"] for m in metrics] == pytest.approx([4 / 12, 8 / 12, 1, 13 / 12])
     assert metrics[2]["loss"] < metrics[0]["loss"] - 0.2
     first, last = metrics[0]["num_tokens"], metrics[3]["num_tokens"] - metrics[2]["num_tokens"]
     assert last < first / 3, "the last step has one row, not four"
-    before, after = load_file(tiny_dir / "model.safetensors"), load_file(out / "final/model.safetensors")
+    before, after = load_file(tiny_dir / "model.safetensors"), load_file(f"{folder}/model.safetensors")
     assert all(torch.equal(before[k], after[k]) == ("visual" in k) for k in before)
-    folder = str(out / "final")
-    plain_model = t.AutoModelForImageTextToText.from_pretrained(folder)
-    assert plain_model.config.prompt_suffix == ""
-    tokenizer, processors = t.AutoTokenizer.from_pretrained(folder), t.load_processors(folder, 401408)
-    assert tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    plain_model, processors = t.AutoModelForImageTextToText.from_pretrained(folder), t.load_processors(folder, 401408)
+    assert plain_model.config.prompt_suffix == "" and processors[0].get_vocab() == parts.tokenizer.get_vocab()
     prompt = parts.prompts[0] | t.chat_inputs(processors, parts.prompts[0]["image"], parts.prompts[0]["question"])
     model = t.load_model(folder, "float32", torch.device("cpu"))
-    ((ours, _, _),) = g.rollout(model, tokenizer, [prompt], [["0"]], 16, 0.0)[0]
+    ((ours, _, _),) = g.rollout(model, processors[0], [prompt], [["0"]], 16, 0.0)[0]
     draw = dict(max_new_tokens=16, do_sample=False, bad_words_ids=[[i] for i in parts.banned])
     assert plain.generate(plain_model, prompt, **draw) == [ours]
 
 def test_sharegpt_files_train_with_the_long_rows_counted_and_the_tracker_told(synth_dir, tiny_dir, tmp_path):
-    """Two files, absolute paths; one row too long, one bad. A stand-in for wandb writes down what it is told."""
     rows = [json.loads(line) for line in (synth_dir / "samples.jsonl").read_text().splitlines()]
     share = [{"messages": r["messages"], "images": [str(synth_dir / r["images"][0])]} for r in rows]
     del share[3]["messages"][1]
