@@ -17,12 +17,12 @@ from test_shared_blocks import BLOCK, ROOT, SCRIPTS, read
 # "## script: its tests", then: what stands there once -> what stands there instead
 FAULTS = r"""
 ## train_grpo.py: test_train_grpo
-at = ids + c.ids, [*at, prompt[-1], *own[:-1]] -> at = ids + c.ids, [*at, *own]
-[*keys, [*prompt, *own]] -> [*keys, [*range(prompt[0], own[0]), *own]]
+[*at, prompt[-1], *own[:-1]] -> [*at, *own]
+(own, [*prompt, *own]) -> (own, [*range(prompt[0], own[0]), *own])
 int(g["position_ids"][0, -1]) + 1 -> len(g["prompt_ids"])
-[g["image_features"] for g in groups] if -> [g["image_features"] for g in groups[::-1]] if
+[g["image_features"] for g in groups] -> [g["image_features"] for g in groups[::-1]]
 r.std() + 1e-4 -> r.std(correction=0) + 1e-4
-c.advantage = c.knowledge_weight * advantage -> c.advantage = -c.knowledge_weight * advantage
+c.advantage = advantage -> c.advantage = -advantage
 (ref_logps - logps).clamp(-20, 20) -> (logps - ref_logps).clamp(-20, 20)
 kl = log_ratio.exp() - log_ratio - 1 -> kl = -log_ratio
 clamp(1 - args.epsilon, 1 + args.epsilon_high) -> clamp(1 - args.epsilon_high, 1 + args.epsilon)
@@ -32,7 +32,7 @@ sampled if args.num_iterations > 1 else logps.detach() -> sampled
 set_learning_rate(engine, (step - 1) * updates + iteration, -> set_learning_rate(engine, step - 1,
 min(step * B, total), world_size))] -> step * B, world_size))]
 ## train_grpo.py: test_reward_attacks
-if c.iou > args.iou_threshold: -> if c.iou >= args.iou_threshold:
+c.iou if c.iou > args.iou_threshold -> c.iou if c.iou >= args.iou_threshold
 ## train_grpo.py: test_ranks
 loss * world_size * bool(members) -> loss * bool(members)
 ## train_sft.py: test_train_sft
