@@ -4,7 +4,6 @@ reads   --bench: KVG-Bench parquet, samples.jsonl of synth_data.py, or any JSONL
         scored by a box (answer or bbox_px), by a letter or name (options, answer), or not at all (neither).
         --model to ask, or --predictions FILE made elsewhere
 writes  --out: predictions.jsonl (a line per answer: what filter.py and tools/ read), metrics.json, table.md, run.json
-
   toy      python eval_kvg.py --bench runs/toy/world/kvg-bench.parquet --model runs/toy/train_grpo/final --out runs/eval
   8 GPUs   torchrun --nproc_per_node 8 eval_kvg.py --bench kvg-bench.parquet --model runs/grpo/final --out runs/eval
   for RL   ... --bench runs/synth_grpo/samples.jsonl --num_samples 4 --temperature 1      (filter.py reads the answers)
@@ -497,9 +496,10 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
         return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
     out, lengths, key_lengths = [], ends.diff().tolist(), key_ends.diff().tolist()
-    for q, k, v in zip(query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)), strict=True):
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        out.append(F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True))
+    parts = query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)
+    for n, m, q, k, v in zip(lengths, key_lengths, *parts, strict=True):
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and n < m else None
+        out.append(F.scaled_dot_product_attention(q, k, v, seen, 0, causal and n == m, scale=scaling, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
 def packed_row(items, ids, positions, attend, device):

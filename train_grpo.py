@@ -3,7 +3,7 @@
 reads   --data        rows with a box each: samples.jsonl of filter.py, own JSONL, the released GRPO parquets
 writes  --output_dir  metrics.jsonl, samples.jsonl (two groups a step), run.json, checkpoint-N/ (resumable), final/
   1 GPU   python train_grpo.py --model runs/cot_sft/final --data runs/grpo/samples.jsonl --output_dir runs/train_grpo
-  8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ...  (or CPUs; the same command continues a stopped run)
+  8 GPUs  torchrun --nproc_per_node 8 train_grpo.py ... (or CPUs; the same command continues a stopped run)
 
 One step: 1 draw prompts (`draw_steps`)  2 roll out G completions of each (`rollout`)  3 rewards by name (REWARD_FUNCS)
 4 advantages within the group (`group_advantages`)  5 clipped loss + beta x k3 KL (`grpo_loss`) over packed rows
@@ -233,11 +233,11 @@ def step_metrics(prompts, counted, device):
     return means, int(n), round(n * means["completions/mean_length"])
 
 def warn(history):
-    """Names two ways to learn nothing. `history`: metrics of all steps."""
+    """Names two ways to learn nothing. `history`: all metrics."""
     if len(history) % 10 == 0 and not any(m["reward"] for m in history[-10:]):
-        print0("warning: reward 0 for ten steps; train CoT-SFT first, lower --iou_threshold or add dense_iou")
+        print0("warning: reward 0 for ten steps; train CoT-SFT first, lower --iou_threshold, add dense_iou")
     if len(history) == 5 and max(m["parse_rate"] for m in history) < 0.05:
-        print0("warning: almost no answer has a box; is --model stage 1's, --max_completion_length enough?")
+        print0("warning: almost no answer has a box; is --model stage 1's, the length enough?")
 
 def main():
     args = parse_args()
@@ -297,7 +297,7 @@ def main():
         save_step(engine, processors, out, state, stop, total_steps - step, args)
     leave()
 
-# ======== plumbing: the packed row, then blocks shared with train_sft.py, eval_kvg.py ========
+# ======== plumbing: the packed row, then blocks shared with train_sft.py, eval_kvg.py
 def pack_groups(groups, device, reuse_features=False):
     """Prompts, each followed by its completions, in one row; each completion sees its prompt and itself, and has the
     positions that it would have alone behind it."""
@@ -539,9 +539,10 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
         return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
     out, lengths, key_lengths = [], ends.diff().tolist(), key_ends.diff().tolist()
-    for q, k, v in zip(query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)), strict=True):
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        out.append(F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True))
+    parts = query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)
+    for n, m, q, k, v in zip(lengths, key_lengths, *parts, strict=True):
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and n < m else None
+        out.append(F.scaled_dot_product_attention(q, k, v, seen, 0, causal and n == m, scale=scaling, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
 def packed_row(items, ids, positions, attend, device):

@@ -2,7 +2,6 @@
 
 reads   --data        samples.jsonl of gen_cot.py or filter.py, own JSONL, or LLaMA-Factory ShareGPT JSON files
 writes  --output_dir  metrics.jsonl, run.json, checkpoint-N/ (resumable), final/ (Hugging Face model)
-
   toy      python train_sft.py --model tests/toy/base --data runs/toy/filter_cot/samples.jsonl --output_dir runs/sft
   1 GPU    python train_sft.py --model Qwen/Qwen2-VL-2B-Instruct --data cot.jsonl --output_dir runs/sft
   8 GPUs   torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2-VL-7B-Instruct --data ... --output_dir runs/sft
@@ -354,9 +353,10 @@ def attend_sequences(query, key, value, scaling, spans, key_spans=None, causal=T
         options |= {"scale": scaling, "window_size": (-1, 0 if causal else -1)}
         return varlen_attn(q, k, v, ends, key_ends, longest, longest_key, **options)[None]
     out, lengths, key_lengths = [], ends.diff().tolist(), key_ends.diff().tolist()
-    for q, k, v in zip(query.split(lengths, 2), *(x.split(key_lengths, 2) for x in (key, value)), strict=True):
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        out.append(F.scaled_dot_product_attention(q, k, v, seen if causal else None, scale=scaling, enable_gqa=True))
+    parts = query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)
+    for n, m, q, k, v in zip(lengths, key_lengths, *parts, strict=True):
+        seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n) if causal and n < m else None
+        out.append(F.scaled_dot_product_attention(q, k, v, seen, 0, causal and n == m, scale=scaling, enable_gqa=True))
     return torch.cat(out, 2).transpose(1, 2)
 
 def packed_row(items, ids, positions, attend, device):
