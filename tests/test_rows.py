@@ -41,6 +41,20 @@ def test_images_without_a_box_are_asked_by_the_names_that_synth_data_gives_them(
     named = [(s.name, s.entity, s.category) for s in list_sources(source)]
     assert [(r["id"], r["entity"], r["category"]) for r in both] == named
 
+def test_single_images_of_a_list_or_a_folder_get_options_of_their_category(run, tmp_path):
+    some = [{"image": f"{i}.png", "entity": n, "category": "Bird"} for i, n in enumerate("ABCDEFG")]
+    own = {"image": "/x.png", "entity": "Z", "category": "bird", "options": ["Y", " Z"], "id": 7}
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*some, own]))
+    rows = run("choices", "--source", tmp_path / "f.jsonl")
+    assert ["".join(r["options"]) for r in rows[:3] + rows[7:]] == ["AEDF", "EBAD", "AZBC", "YZ"]
+    assert [(r["id"], r["image"]) for r in rows[::7]] == [("0.png", str(tmp_path / "0.png")), ("7", "/x.png")]
+    assert rows[1]["question"] == "Which bird is this?\nA. E\nB. B\nC. A\nD. D\nAnswer with the letter of one option."
+    for name in "ABCD":
+        (tmp_path / "fgvr/Bird" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "fgvr/Bird" / name / "0.png")
+    assert [(r["answer"], sorted(r["options"])) for r in run("choices", "--source", tmp_path / "fgvr")] == [
+        (name, [*"ABCD"]) for name in "ABCD"]  # fmt: skip
+
 @pytest.fixture
 def composites(tmp_path):
     """60 rows with three entities of one of two categories; those of 20 rows come from the same source images."""
