@@ -287,7 +287,7 @@ def boxes_in(text, names):
 
 
 def box_iou(a, b):
-    """Of boxes (x1, y1, x2, y2), 0..1."""
+    """IoU of boxes (x1, y1, x2, y2)."""
     inter = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return inter / union if union > 0 else 0.0
