@@ -15,7 +15,6 @@ from bench_tools import spread
 
 import train_grpo as g
 
-
 def main():
     args = parser(__doc__, "rollout").parse_args()
     (model, *processors), plain_model = tools.build_model(args.geometry), tools.build_model(args.geometry)[0].eval()

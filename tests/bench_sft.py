@@ -19,7 +19,6 @@ from bench_grpo import against_trl, gradient_gap, race
 
 import train_sft as t
 
-
 def make_rows(folder, tokenizer, count):
     rng = random.Random(0)
     with open(folder / "rows.jsonl", "w") as f:

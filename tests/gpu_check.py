@@ -22,19 +22,25 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import plain
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 ROOT, LIMIT, TOTAL = Path(__file__).resolve().parents[1], 150, 470  # seconds of a check, and of all
 sys.path.insert(0, str(ROOT))
 CUDA, TOY, LOW = torch.cuda.is_available(), str(ROOT / "tests/toy/base"), torch.bfloat16
+SFT = ("train_sft", "--target", "direct")
 DEVICE, MODE = (torch.device("cuda"), "cuda") if CUDA else (torch.device("cpu"), "cpu, tiny")
 if CUDA:
-    ROLLED, ROLLOUTS, LENGTH, STEPS, STOP_AFTER = 8, 50, 32, 8, 30  # prompts, how often, tokens; of a run; seconds
+    PATCHES, WIDTH, SHAPES = 2048, 1280, range(512, 4092, 179)  # of the vision tower; 20 lengths of a sequence
+    ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 8, 50, 32, 24, 128  # prompts, how often, tokens; greedy answers
+    STEPS, STOP_AFTER, BUCKETS = 8, 30, (560_000_000, 200_000_000, 50_000)  # seconds; the toy embeds in 79,360
     GEOMETRIES = {"2b": ("tests/configs/qwen2-vl-2b", 1), "7b": ("tests/configs/qwen2-vl-7b", 8)}  # and its GPUs
     B, G, SIDES, WORDS, LENGTHS = 8, 8, (700, 560), 503, (150, 512)  # prompts, completions; photo, words, tokens
 else:
-    ROLLED, ROLLOUTS, LENGTH, STEPS, STOP_AFTER = 2, 2, 16, 2, 40
+    PATCHES, WIDTH, SHAPES, ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 16, 32, range(8, 11), 2, 2, 16, 2, 8
+    STEPS, STOP_AFTER, BUCKETS = 2, 40, (560_000_000, 50_000)
     B, G, SIDES, WORDS, LENGTHS, GEOMETRIES = 2, 2, (112, 84), 20, (6,), {"2b": (TOY, 1), "7b": (TOY, 8)}
 
 class PlainEngine(torch.nn.Module):
@@ -88,7 +94,7 @@ def toy(folder, count):
     prompts = [x | g.chat_inputs(processors, x["image"], x["question"]) for x in samples[:count]]
     return g.load_model(TOY, "bfloat16", DEVICE), processors, prompts
 
-def trained(trainer, folder, name, *flags, seconds=100):
+def trained(folder, name, trainer, *flags, seconds=100):
     """metrics.jsonl of a run in a process of its own, which gets SIGTERM after so many seconds."""
     out, code = folder / name, f"import sys, gpu_check, {trainer}; sys.argv[0] = '{trainer}'; {trainer}.main()"
     same = ("--model", TOY, "--data", folder / "kvg-bench.parquet", "--output_dir", out, "--save_steps", 0)
@@ -102,6 +108,27 @@ def versions(folder):
     found = {n: INSTALLED.get(n, "none") for n in ("torch", "transformers", "deepspeed", "trl")}
     found |= {"device": MODE, "CUDA": str(torch.version.cuda), "GPU": gpu}
     yield "versions", found, "CUDA where a GPU is", torch.ones(1, device=DEVICE) and CUDA >= (code == 0)
+
+def vision(folder):
+    """What the patch embedding as a product spares, and torch's attention of patches with and without cuDNN's."""
+    x, conv = torch.randn(PATCHES, 3, 2, 14, 14), torch.nn.Conv3d(3, WIDTH, (2, 14, 14), (2, 14, 14), bias=False)
+    x, conv = x.to(DEVICE, LOW), conv.to(DEVICE, LOW)
+    ways = {"a product": lambda: F.linear(x.flatten(1), conv.weight.flatten(1)), "Conv3d": lambda: conv(x)}
+    for name, way in ways.items():
+        ms = 1e3 * Timer("way().sum().backward()", globals={"way": way}).timeit(5).mean
+        yield f"patches by {name}", {"ms, forward and backward": ms}, "", None
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        times, bad = [], 0
+        for S in (*SHAPES, *SHAPES):
+            q, k, v, up = (torch.randn(1, 16, S, 80, device=DEVICE, dtype=LOW, requires_grad=True) for _ in range(4))
+            with g.timed(t := {}, "s"):
+                F.scaled_dot_product_attention(q, k, v).backward(up)
+            times.append(1e3 * t["s"])
+            bad += not all(x.grad.isfinite().all() for x in (q, k, v))
+        first, again = map(np.median, (times[: len(SHAPES)], times[len(SHAPES) :]))
+        told, ok = {"first ms": first, "again ms": again, "bad gradients": bad}, bad == 0 and first < 5 * again
+        yield f"SDPA {'with' if cudnn else 'without'} cuDNN", told, "first < 5 x again", None if cudnn else ok
 
 def kernels(folder):
     _, processors, prompts = toy(folder, 2)
@@ -133,8 +160,8 @@ def kernels(folder):
         yield f"the toy in {dtype} against transformers", off, f"each < {limit}", max(off.values()) < limit
 
 def rollouts(folder):
-    (model, processors, prompts), capture, done, times = toy(folder, ROLLED), g.capture, [], {}
-    seeds = [[f"{i}:{j}" for j in range(G)] for i in range(ROLLED)]
+    (model, processors, many), capture, done, times = toy(folder, TOGETHER), g.capture, [], {}
+    prompts, seeds = many[:ROLLED], [[f"{i}:{j}" for j in range(G)] for i in range(ROLLED)]
     for g.capture in (lambda advance: advance, capture):  # a CPU never asks for it
         done.append([c for group in g.rollout(model, processors[0], prompts, seeds, LENGTH, 1.0) for c in group])
     other = sum(a[0] != b[0] for a, b in zip(*done, strict=True))
@@ -146,6 +173,11 @@ def rollouts(folder):
             g.rollout(model, processors[0], prompts, seeds, LENGTH, 1.0)
     measured = {"s each": times["s"] / ROLLOUTS, "grown MB": (torch.cuda.memory_reserved() - held) / 1e6}
     yield f"{ROLLOUTS} rollouts", measured, "grown < 64 MB", measured["grown MB"] < 64
+    greedy = partial(g.rollout, model, processors[0], max_completion_length=LENGTH, temperature=0.0)
+    among = greedy(many, [["0"]] * TOGETHER)
+    equal = np.mean([greedy([p], [["0"]])[0][0][0] == c[0] for p, [c] in zip(many[:ALONE], among, strict=False)])
+    yield f"greedy answers alone and among {TOGETHER}, bf16", {"equal": equal}, ">= 0.9", equal >= 0.9
+
 def step(folder, name):
     """A GRPO step at this geometry, by one of so many GPUs; then the plain way and TRL's, with one prompt."""
     (path, gpus), processors, prompts = GEOMETRIES[name], g.load_processors(TOY, 401408), []
@@ -178,8 +210,7 @@ def step(folder, name):
         with g.timed(times, "optimizer"):
             engine.step()
         return times
-    gpu = torch.cuda.get_device_name().lower().replace(" ", "") if CUDA else ""
-    card = next((c for c in plan.CARDS if c in gpu), None)
+    card = next((c for c in plan.CARDS if CUDA and c in torch.cuda.get_device_name().lower().replace(" ", "")), None)
     plan.TEXT, sized = P - np.prod(SIDES) // 784, plan.meta_model(ROOT / path)
     given = ["grpo", "--model=m", f"--gpus={gpus}x{card or 'h100'}", *flags]
     given += [f"--train_batch_size={B * gpus}", f"--num_generations={G}", f"--max_pixels={np.prod(SIDES)}"]
@@ -195,6 +226,7 @@ def step(folder, name):
         ours[C] = sum(times.values()) - times["optimizer"]
     engine = getattr(engine, "destroy", bool)()  # its hooks and its optimizer
     model.set_attn_implementation("sdpa")
+    model.generation_config.suppress_tokens = [image, config.video_token_id]  # random weights would draw them
     for C in LENGTHS:
         draw = dict(max_new_tokens=C, min_new_tokens=C, do_sample=True, top_k=0, num_return_sequences=G, pad_token_id=0)
         with g.timed(times := {}, "generate"):
@@ -215,9 +247,9 @@ def step(folder, name):
         yield f"{name}, C = {C}, TRL, {B} x one prompt", measured, "", None
 
 def stages(folder):
-    letters, direct = ("--reward_funcs", "letters", "--max_completion_length", 32), ("--target", "direct")
-    for trainer, flags in (("train_sft", direct), ("train_grpo", (*letters, "--dtype", "bfloat16"))):
-        rows = trained(trainer, folder, trainer, "--max_steps", STEPS, *flags)
+    letters = ("--reward_funcs", "letters", "--max_completion_length", 32, "--dtype", "bfloat16")
+    for trainer, *flags in (SFT, ("train_grpo", *letters)):
+        rows = trained(folder, trainer, trainer, *flags, "--max_steps", STEPS)
         cost = {k: rows[-1][k] for k in ("step_time", "mem_gib", "loss", "grad_norm")}
         drift = max(r.get("sampling/logp_diff", 0) for r in rows)
         told, ok = cost | {"sampling/logp_diff": drift}, cost["grad_norm"] > 0 and drift < 0.03
@@ -226,17 +258,25 @@ def stages(folder):
     run("eval_kvg.py", "--bench", folder / "kvg-bench.parquet", "--model", folder / "train_sft/final", *flags)
     told = json.loads((folder / "eval/metrics.json").read_text())["all"]
     yield "eval_kvg", {k: told[k] for k in ("n", "acc", "parse_rate")}, "answers", told["parse_rate"] > 0
+
+def engine(folder):
     if deepspeed is STAND_IN:
-        return (yield "SIGTERM", {"skipped": "DeepSpeed is not installed"}, "", None)
-    sft = partial(trained, "train_sft", folder, "stopped", *direct, "--max_steps")
-    n = len(sft(10**6, seconds=STOP_AFTER))
-    saved, rows = len(g.checkpoints(folder / "stopped")), sft(n + 2)
+        return (yield "buckets, SIGTERM", {"skipped": "DeepSpeed is not installed"}, "", None)
+    norms = {}
+    for size in BUCKETS:
+        (folder / "ds.json").write_text(g.DS_CONFIG.replace("560000000", str(size)))
+        rows = trained(folder, str(size), *SFT, "--max_steps", 1, "--deepspeed", folder / "ds.json")
+        norms[str(size)] = rows[0]["grad_norm"]
+    yield "grad_norm by bucket", norms, "equal to 0.1 %", max(norms.values()) < 1.001 * min(norms.values())
+    stopped = (folder, "stopped", *SFT, "--max_steps")
+    n = len(trained(*stopped, 10**6, seconds=STOP_AFTER))
+    saved, rows = len(g.checkpoints(folder / "stopped")), trained(*stopped, n + 2)
     ok = saved == 1 and [r["step"] for r in rows] == [*range(1, n + 3)]
     yield "SIGTERM, resumed", {"stopped after": n, "steps": len(rows)}, "saved, each step once", ok
 
 # ---- the walk ----
-CHECKS = {"versions": versions, "kernels": kernels, "rollouts": rollouts, "step_2b": partial(step, name="2b"),
-          "step_7b": partial(step, name="7b"), "stages": stages}  # fmt: skip
+CHECKS = {f.__name__: f for f in (versions, vision, kernels, rollouts, stages, engine)}
+CHECKS |= {f"step_{name}": partial(step, name=name) for name in GEOMETRIES}
 
 def keep(out, check, measured, wanted, ok):
     """Adds a row to the file, and prints it as a line of the table. ok None: numbers to look at, or nothing to do."""
@@ -255,7 +295,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.checks:
             g.init_dist()
-            run("tests/toy/toy_world.py", "--out", folder, "--per_entity", 1, "--bench_images", 2, 1)
+            run("tests/toy/toy_world.py", "--out", folder, "--per_entity", 1, "--bench_images", TOGETHER // 4, 1)
         else:
             g.write(args.out, "[]")
         for name in args.checks or CHECKS:

@@ -2,7 +2,6 @@
 
 import torch
 
-
 def completion_logps(model, tokenizer, inputs, completions, temperature=1.0, banned=()):
     """Log-probs of G completions by G rows, each with its own copy of the prompt and the image: (G, C), mask (G, C)."""
     P, C, G = len(inputs["prompt_ids"]), max(map(len, completions)), len(completions)

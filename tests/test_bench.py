@@ -5,7 +5,6 @@ import math
 
 from conftest import run_script
 
-
 def test_benchmarks_run_and_both_sides_agree(tmp_path):
     few = ("--rounds", 1, "--geometry", "tiny", "--completion_lengths", 4, "--num_generations", 2)
     def result(name, *flags):

@@ -10,11 +10,9 @@ RIGHT, WRONG = "(100,100),(500,500)", "(600,600),(900,900)"
 BOX = f"<|object_ref_start|>Lo<|object_ref_end|><|box_start|>{RIGHT}<|box_end|>"
 WRONG_BOX = BOX.replace(RIGHT, WRONG)
 
-
 def chain(listed, end=RIGHT, answer=BOX, plan="Lo is a red disc."):
     return (f"<think>\nPlanning: {plan}\nVisual Analysis:\n{listed}\nComparison: only a red disc fits Lo.\n"
             f"Conclusion: Lo is a red disc {end}.\n</think> <answer>{answer}</answer>")  # fmt: skip
-
 
 GRID = "\n".join(f"a disc ({x},{y}),({x + 100},{y + 100})" for y in range(0, 1000, 100) for x in range(0, 1000, 100))
 CELLS = "\n".join(f"a disc ({x},{y}),({x + 333},{y + 500})" for y in (0, 500) for x in (0, 333, 666))

@@ -17,7 +17,6 @@ from transformers import AttentionInterface
 sys.path.insert(0, str(ROOT / "tools"))
 import plan as t  # noqa: E402
 
-
 def row(model, grid, spans):
     """What a model takes for a prompt with an image of rows x columns patches, packed with its completions."""
     vision, (rows, columns), tokens = model.config.vision_config, grid, sum(spans)

@@ -9,7 +9,6 @@ import torch
 
 import train_grpo as g
 
-
 def roll(parts, prompts, seeds, length, temperature=1.0):
     return g.rollout(parts.model, parts.tokenizer, [dict(p) for p in prompts], seeds, length, temperature)
 

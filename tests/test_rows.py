@@ -17,7 +17,6 @@ from tools import rows as script
 NAMES = ["Boeing_737-600,_700,_800", "Porsche 911 (901, 930, 964, 993)", "Chardonnay 2012, 2013 "]
 NAMED = "<|object_ref_start|>{}<|object_ref_end|>"
 
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a command; returns its rows, with `pixels` where a picture was made."""

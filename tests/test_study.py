@@ -10,7 +10,6 @@ import study
 import toy_world as world
 from conftest import run_script
 
-
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 import train_grpo as g
 
-
 def load(folder):
     return Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import train_grpo as g
 
-
 def arguments(**changes):
     given = g.parse_args(["--model=m", "--data=d", "--output_dir=o", "--num_epochs=1.5", "--epsilon_high=0.28"])
     small = dict(max_completion_length=20, temperature=0.7, num_generations=3, rollout_batch_size=7, num_iterations=2)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 import train_grpo as g
 import train_sft as t
 
-
 @pytest.fixture(scope="module")
 def items(parts):
     args = SimpleNamespace(target="direct", prompt_suffix=None)

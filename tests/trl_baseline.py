@@ -27,7 +27,6 @@ from datasets import Dataset, Image  # noqa: E402
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor  # noqa: E402
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noqa: E402
 
-
 class ImageTextProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor less its video processor, which needs torchvision; sub-processors are __init__'s names."""
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
