@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--weight_decay", 0.0, "of AdamW")
     add("--max_grad_norm", 1.0, "0: no clipping")
     add("--num_epochs", 2.0, "passes over the data")
-    add("--max_steps", None, "stop after this many steps instead", type=int)
+    add("--max_steps", -1, "if > 0, steps instead of --num_epochs")
     add("--train_batch_size", 16, "prompts per step, over all ranks")
     add("--freeze_vision", False, "and the merger")
     # engine
@@ -707,7 +707,7 @@ def usable(samples, bad, num_tokens, most_tokens, args):
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
         want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
-    total = args.max_steps * B if args.max_steps else max(1, int(args.num_epochs * len(kept)))
+    total = args.max_steps * B if args.max_steps > 0 else max(1, int(args.num_epochs * len(kept)))
     return kept, total, math.ceil(total / B)  # the last step takes what is left
 
 def draw_steps(samples, read, first, total_steps, args):

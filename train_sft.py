@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=float, default=0.0, help="of AdamW")
     add("--max_grad_norm", type=float, default=1.0, help="0 means no clipping")
     add("--num_epochs", type=float, default=1.0, help="passes over the data (paper: 1)")
-    add("--max_steps", type=int, help="stop after this many steps instead")
+    add("--max_steps", type=int, default=-1, help="if > 0, steps instead of --num_epochs")
     add("--train_batch_size", type=int, default=16, help="sequences per step over all ranks (paper: 16)")
     add("--freeze_vision", action=argparse.BooleanOptionalAction, default=True, help="tower and merger (paper: frozen)")
     # engine
@@ -402,7 +402,7 @@ def usable(samples, bad, num_tokens, most_tokens, args):
     if len(bad) > args.max_bad_rows or not kept or B % world_size:
         want = f"at most --max_bad_rows {args.max_bad_rows}, at least 1, a multiple of {world_size} ranks"
         raise InputError(f"{len(bad)} bad rows, {len(kept)} of use, --train_batch_size {B}; want {want}")
-    total = args.max_steps * B if args.max_steps else max(1, int(args.num_epochs * len(kept)))
+    total = args.max_steps * B if args.max_steps > 0 else max(1, int(args.num_epochs * len(kept)))
     return kept, total, math.ceil(total / B)  # the last step takes what is left
 
 def draw_steps(samples, read, first, total_steps, args):
