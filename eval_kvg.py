@@ -530,10 +530,10 @@ BANNED = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>
 
 class Rollout:
     """G completions of each of B prompts, decoded as R = B x G rows, a prompt's side by side. Prompts and images go
-    through the model once, in one packed row; then a token of all rows at a time. On the device: per layer prompt_kv
-    (2, B, KV, P, D), read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding; logits
-    (R, V) fp32, position (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1). Results:
-    tokens (R, C), -1 behind the end, logps (R, C) fp32; slot (R,), a row's place in them."""
+    through the model once, in one packed row; then a token of all rows at a time. Per layer prompt_kv (2, B, KV, P, D),
+    read by all its rows, and own_kv 2 x (B, KV, G, W, D), W grows; behind (B, P), padding; logits (R, V) fp32, position
+    (R,) of the next token; done (R,); step (1,), tokens so far; draws (R, C) in [0, 1). Results: tokens (R, C), -1
+    behind the end, logps (R, C) fp32; slot (R,), a row's place in them."""
     def __init__(self, model, tokenizer, prompts, seeds, max_completion_length, temperature):
         device, (B, G, C) = model.device, (len(prompts), len(seeds[0]), max_completion_length)
         lengths = [len(p["prompt_ids"]) for p in prompts]
@@ -562,7 +562,7 @@ class Rollout:
         self.stop, self.banned = (torch.tensor(tokenizer.convert_tokens_to_ids(t)).to(device) for t in (STOP, BANNED))
 
     def advance(self):
-        """Samples a token for every row (temperature 0: the likeliest), sends it through the model."""
+        """Samples a token for every row (temperature 0: the likeliest), feeds it to the model."""
         logits = self.logits.index_fill(-1, self.banned, -torch.inf) / (self.temperature or 1)
         token, probs = logits.argmax(-1), logits.softmax(-1)
         if self.temperature:
@@ -612,6 +612,7 @@ class Rollout:
         self.behind, self.prompt_kv = self.behind[groups], [x[:, groups] for x in self.prompt_kv]
         self.own_kv = [[x[groups[:, None], :, first].transpose(1, 2) for x in kv] for kv in self.own_kv]
 
+    @torch.inference_mode()
     def decode(self, graphs):
         """Until all rows stop. `graphs` (CUDA): a step is a captured graph, `done` is read at times."""
         C, stride = self.tokens.shape[1], 256 if graphs else 16
