@@ -275,8 +275,8 @@ def engine(folder):
     yield "SIGTERM, resumed", {"stopped after": n, "steps": len(rows)}, "saved, each step once", ok
 
 # ---- the walk ----
-CHECKS = {f.__name__: f for f in (versions, vision, kernels, rollouts, stages, engine)}
-CHECKS |= {f"step_{name}": partial(step, name=name) for name in GEOMETRIES}
+CHECKS = {f.__name__: f for f in (versions, vision, kernels, rollouts, stages)}
+CHECKS |= {f"step_{name}": partial(step, name=name) for name in GEOMETRIES} | {"engine": engine}
 
 def keep(out, check, measured, wanted, ok):
     """Adds a row to the file, and prints it as a line of the table. ok None: numbers to look at, or nothing to do."""
