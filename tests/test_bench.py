@@ -20,7 +20,7 @@ def test_the_walk_runs_without_a_gpu_and_writes_finite_numbers(tmp_path):
     checks, out = ("versions", "kernels", "rollouts", "step_7b"), tmp_path / "rows.json"  # no trainers, for time
     table = run_script("tests/gpu_check.py", "--out", out, "--checks", *checks).stdout
     rows = json.loads(out.read_text())
-    assert len(rows) == 10 and "cpu, tiny" in rows[0]["line"] and all(r["line"] in table for r in rows)
+    assert len(rows) == 11 and "cpu, tiny" in rows[0]["line"] and all(r["line"] in table for r in rows)
     for r in rows:
         numbers = [v for v in r["measured"].values() if not isinstance(v, str)]
         assert all(map(math.isfinite, numbers)) and "error" not in r["measured"], r
