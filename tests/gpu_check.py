@@ -35,7 +35,7 @@ DEVICE, MODE = (torch.device("cuda"), "cuda") if CUDA else (torch.device("cpu"),
 if CUDA:
     PATCHES, WIDTH, SHAPES = 2048, 1280, range(512, 4092, 179)  # of the vision tower; 20 lengths of a sequence
     ROLLED, ROLLOUTS, LENGTH, ALONE, TOGETHER = 8, 50, 32, 24, 128  # prompts, how often, tokens; greedy answers
-    STEPS, STOP_AFTER, BUCKETS = 8, 30, (560_000_000, 200_000_000, 50_000)  # seconds; the toy embeds in 79,360
+    STEPS, STOP_AFTER, BUCKETS = 10, 30, (560_000_000, 200_000_000, 50_000)  # seconds; the toy embeds in 79,360
     GEOMETRIES = {"2b": ("tests/configs/qwen2-vl-2b", 1), "7b": ("tests/configs/qwen2-vl-7b", 8)}  # and its GPUs
     B, G, SIDES, WORDS, LENGTHS = 8, 8, (700, 560), 503, (150, 512)  # prompts, completions; photo, words, tokens
 else:
