@@ -262,13 +262,12 @@ def stages(folder):
 def engine(folder):
     if deepspeed is STAND_IN:
         return (yield "buckets, SIGTERM", {"skipped": "DeepSpeed is not installed"}, "", None)
-    norms = {}
+    stopped, norms = (folder, "stopped", *SFT, "--max_steps"), {}
     for size in BUCKETS:
         (folder / "ds.json").write_text(g.DS_CONFIG.replace("560000000", str(size)))
         rows = trained(folder, str(size), *SFT, "--max_steps", 1, "--deepspeed", folder / "ds.json")
         norms[str(size)] = rows[0]["grad_norm"]
     yield "grad_norm by bucket", norms, "equal to 0.1 %", max(norms.values()) < 1.001 * min(norms.values())
-    stopped = (folder, "stopped", *SFT, "--max_steps")
     n = len(trained(*stopped, 10**6, seconds=STOP_AFTER))
     saved, rows = len(g.checkpoints(folder / "stopped")), trained(*stopped, n + 2)
     ok = saved == 1 and [r["step"] for r in rows] == [*range(1, n + 3)]

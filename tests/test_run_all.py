@@ -76,16 +76,23 @@ def test_a_finished_run_only_prints_its_table_and_from_forgets_a_stage_and_all_a
     assert run_all("forget", FROM="train_grpo").returncode == 0 and not (run / "eval_grpo").exists()
     assert {*os.listdir(run / ".done")} == {*STAGES[: STAGES.index("train_grpo")]}
 
-def test_what_cannot_work_is_refused_at_once_with_one_line(world_dir, run_all, tmp_path):
+def test_what_cannot_work_is_refused_at_once_with_one_line_and_a_second_node_waits(world_dir, run_all, tmp_path):
+    program(tmp_path / "nvidia-smi", "#!/bin/sh\n")  # lists GPUs
     real = {"MODEL": "tests/configs/qwen2-vl-2b", "DATA": world_dir / "train", "BENCH": world_dir / "kvg-bench.parquet",
             "TEACHER": f"knowledge:{world_dir}/knowledge.json"}  # fmt: skip
     for env, message in [
         ({"FROM": "train"}, "FROM=train: no such stage; want one of: world"),
+        ({"PATH": f"{tmp_path}:{os.environ['PATH']}"}, "there are GPUs, but torch sees none; want a newer driver"),
         (real | {"TEACHER": "openai:x", "OPENAI_BASE_URL": "http://localhost:9/v1"}, "no teacher at http://local"),
         (real | {"DATA": tmp_path}, "no boxes.jsonl; want it, or BOX_MODEL")]:  # fmt: skip
         done = run_all(**env)
         assert done.returncode and len(done.stderr.splitlines()) == 1 and "== " not in done.stdout, done
         assert message in done.stderr
+    script = program(tmp_path / "run_all.sh", (ROOT / "run_all.sh").read_text("utf-8"))
+    env = os.environ | {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "PYTHON": ""}
+    with pytest.raises(subprocess.TimeoutExpired):  # for the .venv that the first makes
+        subprocess.run(["bash", script, "setup"], env=env, timeout=2)
+    assert not (tmp_path / ".venv").exists()
 
 def test_a_dry_run_prints_the_plan_and_every_command_and_starts_none(world_dir, run_all, tmp_path):
     done = run_all(DRY=1, MODEL="tests/toy/base", DATA=world_dir / "train", BENCH=world_dir / "kvg-bench.parquet",
