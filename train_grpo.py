@@ -246,7 +246,7 @@ def main():
     if rank == 0:
         start_run(out, vars(args) | {"ranks": world_size, "torch": torch.__version__})
     if (out / "final").exists():
-        return print0(f"{out / 'final'} is there; to train on, remove it")
+        return print0(f"{out / 'final'} exists; want another --output_dir")
     processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
     def read(s):
         if not s["bbox_1000"]:

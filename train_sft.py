@@ -133,7 +133,7 @@ def main():
     if rank == 0:
         start_run(out, vars(args) | {"ranks": world_size, "torch": torch.__version__})
     if (out / "final").exists():
-        return print0(f"{out / 'final'} is there; to train on, remove it")
+        return print0(f"{out / 'final'} exists; want another --output_dir")
     processors, rows = load_processors(args.model, args.max_pixels), read_samples(args.data, args.image_root)
     read = partial(encode, processors, args)
     samples, total, total_steps = usable(*rows, lambda s: read(s)["num_tokens"], args.max_length, args)

@@ -66,7 +66,7 @@ def test_grpo_ends_the_same_after_a_kill_in_a_checkpoint_and_a_loss_of_nan(runs,
     done = train(*command, "--tokens_per_row", 4096)
     assert "{'tokens_per_row': '8192 -> 4096'}" in done.stdout and f"goes on from {out}/checkpoint-2" in done.stdout
     assert_same_run(out, runs["train_grpo"])
-    assert f"{out}/final is there; to train on" in train(*command).stdout
+    assert f"{out}/final exists; want another" in train(*command).stdout
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 def test_sft_ends_the_same_after_a_sigterm(runs, tiny_dir, synth_dir, tmp_path):
