@@ -131,22 +131,23 @@ def format_reward(c, prompt, args):
 
 NO_TAG = r"(?:(?!</?think>|</?answer>).)"
 
-def grounded_reward(c, prompt, args, same_iou):
+def grounded_reward(c, prompt, args, same_iou=0.7):
     """1 where the reasoning lists the answered box before its conclusion, and ends at it; looks at no label."""
     think = NAMES.sub("_", c.text.partition("<think>")[2].partition("</think>")[0])
-    listed, *end = re.split("conclusion", think, maxsplit=1, flags=re.I)
-    def agree(text):  # for each box in it: with the answered one
+    listed, _, end = think.lower().partition("conclusion")
+    def agree(text):  # each box in it: with the answered one
         boxes = (parse_bbox(m[0], "direct", prompt["grid"]) for m in BOXES.finditer(text))
         return [bool(b) and box_iou(b, c.bbox_1000) >= same_iou for b in boxes]
-    return float(bool(c.bbox_1000 and end) and any(agree(listed)) and agree(end[0])[-1:] == [True])
+    return bool(c.bbox_1000) and any(agree(listed)) and agree(end)[-1:] == [True]
 
 REWARD_FUNCS = {
-    "iou": lambda c, prompt, args: c.iou if c.iou > args.iou_threshold else 0.0,
+    "iou": lambda c, prompt, args: c.iou * (c.iou > args.iou_threshold),
     "format": format_reward,
-    "grounded_0.7": partial(grounded_reward, same_iou=0.7),
+    "grounded_0.7": grounded_reward,
     "grounded_0.9": partial(grounded_reward, same_iou=0.9),
-    "dense_iou": lambda c, prompt, args: c.iou,  # for cold starts, where iou stays 0
-    "binary": lambda c, prompt, args: float(c.iou > args.iou_threshold),
+    "iou_if_grounded": lambda *x: REWARD_FUNCS["iou"](*x) * grounded_reward(*x),
+    "dense_iou": lambda c, *_: c.iou,  # for cold starts, where iou stays 0
+    "binary": lambda c, prompt, args: c.iou > args.iou_threshold,
 }
 
 # ---- 4. advantages, 5. loss ----

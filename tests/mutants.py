@@ -32,7 +32,7 @@ sampled if args.num_iterations > 1 else logps.detach() -> sampled
 set_learning_rate(engine, (step - 1) * updates + iteration, -> set_learning_rate(engine, step - 1,
 min(step * B, total), world_size))] -> step * B, world_size))]
 ## train_grpo.py: test_reward_attacks
-c.iou if c.iou > args.iou_threshold -> c.iou if c.iou >= args.iou_threshold
+c.iou * (c.iou > args.iou_threshold) -> c.iou * (c.iou >= args.iou_threshold)
 ## train_grpo.py: test_ranks
 loss * world_size * bool(members) -> loss * bool(members)
 ## train_sft.py: test_train_sft

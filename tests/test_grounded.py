@@ -17,7 +17,7 @@ def chain(listed, end=RIGHT, answer=BOX, plan="Lo is a red disc."):
 GRID = "\n".join(f"a disc ({x},{y}),({x + 100},{y + 100})" for y in range(0, 1000, 100) for x in range(0, 1000, 100))
 CELLS = "\n".join(f"a disc ({x},{y}),({x + 333},{y + 500})" for y in (0, 500) for x in (0, 333, 666))
 BOTH = f"a red disc {RIGHT}\na blue disc {WRONG}"
-# (text, iou at --iou_threshold 0.8, format, grounded)
+# (text, iou at --iou_threshold 0.8, format, grounded); iou_if_grounded pays iou x grounded
 GROUNDED = {
     "honest": (chain(BOTH), 1, 1, 1),
     "honest, of a wrong object": (chain(BOTH, WRONG, WRONG_BOX), 0, 1, 1),  # it looks at no label: it cannot know
@@ -57,8 +57,8 @@ def test_grounded_pays_for_boxes_that_the_reasoning_wrote_down_and_for_nothing_e
     prompt = {"bbox_1000": [100, 100, 500, 500], "grid": (1000, 1000), "style": g.BOX_STYLES["qwen2_vl"]}
     c = g.Completion([], None, True, text, g.parse_bbox(text))
     c.iou = g.box_iou(c.bbox_1000, prompt["bbox_1000"]) if c.bbox_1000 else 0.0
-    rewards = g.REWARD_FUNCS["iou"], g.format_reward, g.REWARD_FUNCS["grounded_0.7"]
-    assert [reward(c, prompt, args) for reward in rewards] == want
+    rewards = (g.REWARD_FUNCS[name] for name in ("iou", "format", "grounded_0.7", "iou_if_grounded"))
+    assert [reward(c, prompt, args) for reward in rewards] == [*want, want[0] * want[2]]
 
 def test_grounded_counts_in_the_pixels_of_a_family_that_does():
     text = chain("a red disc (28,14),(140,70)", "(28,14),(140,70)", '{"bbox_2d": [28, 14, 140, 70], "label": "Lo"}')

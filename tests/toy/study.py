@@ -54,6 +54,7 @@ GROUNDED = {
     "grounded_0.9": "--reward_funcs iou format grounded_0.9",
     "grounded_0.9_half": "--reward_funcs iou format grounded_0.9 --reward_weights 1 1 0.5",
     "no_format": "--reward_funcs iou grounded_0.7",
+    "gated": "--reward_funcs iou_if_grounded format",
 }
 ARMS = {  # as many steps and completions each
     "binary": "--reward_funcs binary format",
@@ -314,8 +315,8 @@ def erring_teacher(r):
 
 def grounded(r):
     """The reward `grounded` pays when the answered box is one that the reasoning wrote down before its conclusion, and
-    its last: with an IoU of 0.7 or 0.9, at half the weight, or instead of `format`. From the fourth column on, the
-    tokens apart, all is of right answers."""
+    its last: with an IoU of 0.7 or 0.9, at half the weight, or instead of `format`. `gated`: only then does `iou` pay.
+    From the fourth column on, the tokens apart, all is of right answers."""
     others = [PLAN, *FAULTS[3:], "box not listed", "listed by another look", "boxes listed"]
     for tag in ("", RANDOM):
         grpo, rows = f"grpo{tag}", []
