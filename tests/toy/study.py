@@ -47,8 +47,7 @@ SCENES = 192  # questions per skill of the base
 RANDOM, SYSTEMATIC = "_random_0.3", "_systematic_0.3"
 TEACHERS = {"": "", **{f"_random_{p}": f"--share {p}" for p in (0.1, 0.2, 0.3, 0.5)},
             SYSTEMATIC: "--share 0.3 --systematic"}  # fmt: skip
-# what differs from the GRPO of the main comparison
-GROUNDED = {
+GROUNDED = {  # what differs from the GRPO of the main comparison
     "grounded_0.7": "--reward_funcs iou format grounded_0.7",
     "grounded_0.7_half": "--reward_funcs iou format grounded_0.7 --reward_weights 1 1 0.5",
     "grounded_0.9": "--reward_funcs iou format grounded_0.9",
@@ -213,6 +212,7 @@ def read_answers(path):
         found = [re.findall(report.NUMBER, m[0]) for m in report.BOXES.finditer(text.split("Conclusion")[0])]
         near = any(report.iou([*map(float, b)], box) >= 0.7 for b in found if box and len(b) == 4)
         x |= {"contradicts the box": x["reasoning_contradicts"], "box not listed": not near}
+        x |= {"box in Planning": bool(report.BOXES.search(text.split("Visual")[0])), "one box listed": len(found) == 1}
         x |= {"listed by another look": near and x[LIST], "boxes listed": len(found) / 100}  # a number, not a share
     return rows
 
@@ -317,7 +317,8 @@ def grounded(r):
     """The reward `grounded` pays when the answered box is one that the reasoning wrote down before its conclusion, and
     its last: with an IoU of 0.7 or 0.9, at half the weight, or instead of `format`. `gated`: only then does `iou` pay.
     From the fourth column on, the tokens apart, all is of right answers."""
-    others = [PLAN, *FAULTS[3:], "box not listed", "listed by another look", "boxes listed"]
+    cheats = "listed by another look", "box in Planning", "one box listed", "boxes listed"
+    others = [PLAN, *FAULTS[3:], "box not listed", *cheats]
     for tag in ("", RANDOM):
         grpo, rows = f"grpo{tag}", []
         for m in (f"cot_sft{tag}", grpo, *(f"{grpo}_{arm}" for arm in GROUNDED)):
@@ -399,12 +400,10 @@ def write_results(out, seeds, jobs):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = p.add_argument
-    # fmt: off
     add("--out", type=Path, default=Path("runs/study"), help="folder of all runs; an interrupted study is continued")
     add("--seeds", type=int, nargs="+", default=[*range(10, 18)], help="first five: most parts; eight: the others")
     add("--at_once", type=int, default=os.cpu_count(), help="jobs that run at a time")
     add("--report", action="store_true", help="only write the tables of what is finished")
-    # fmt: on
     args = p.parse_args(argv)
     out, jobs = args.out.resolve(), {}
     for part, n in PARTS:
